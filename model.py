@@ -1,0 +1,265 @@
+"""The network, its loss and update, and its weight files: the maths of Batch-A3C.
+
+Sources: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning" (the loss: section
+4 and algorithm S3); Kingma & Ba 2015, "Adam" (the update, in the form at the end of its section 2).
+"""
+
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NETWORKS = ("ba3c", "a3c")
+STATE_SHAPE = (84, 84, 12)  # row, column, history * 3 + rgb (oldest frame first)
+LOSSES = ("policy_loss", "xentropy_loss", "value_loss", "cost")
+METRICS = (*LOSSES, "importance", "rms_advantage", "predict_reward", "grad_norm")
+# On a CPU a batch is cut into parts of this many states, one thread each: their activations stay
+# in the caches, and threads that never wait for each other lose least to the busy players.
+CPU_PART = 32
+
+
+class WeightFileError(OSError):
+    """A weight file that cannot be used; the text is a sentence that says why."""
+
+
+class Network(nn.Module):
+    """Policy and value of a state.
+
+    `ba3c` is the larger network of Batch-A3C, `a3c` the small one of the A3C paper (section 8).
+    """
+
+    def __init__(self, kind: str, num_actions: int):
+        super().__init__()
+        self.kind = kind
+        self.num_actions = num_actions
+        channels = STATE_SHAPE[-1]
+        if kind == "ba3c":
+            self.conv0 = nn.Conv2d(channels, 32, 5, padding=2)
+            self.conv1 = nn.Conv2d(32, 32, 5, padding=2)
+            self.conv2 = nn.Conv2d(32, 64, 4)  # padded 1 before and 2 after, in forward
+            self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
+            self.fc0 = nn.Linear(10 * 10 * 64, 512)
+            self.prelu = nn.PReLU(init=0.001)
+        else:
+            self.conv0 = nn.Conv2d(channels, 16, 8, stride=4)
+            self.conv1 = nn.Conv2d(16, 32, 4, stride=2)
+            self.fc0 = nn.Linear(9 * 9 * 32, 256)
+        self.fc_pi = nn.Linear(self.fc0.out_features, num_actions)
+        self.fc_v = nn.Linear(self.fc0.out_features, 1)
+        for layer in self.children():
+            if not isinstance(layer, nn.PReLU):  # He et al. 2015: N(0, sqrt(2 / fan_in))
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, A) and value (B,) of uint8 states (B, 84, 84, 12)."""
+        x = state.permute(0, 3, 1, 2).float()  # NCHW in channels-last memory: a view
+        # x / 255 is folded into the first weights: 4,800 divisions instead of 84,672 per state.
+        conv0 = self.conv0
+        x = F.conv2d(x, conv0.weight / 255, conv0.bias, conv0.stride, conv0.padding)
+        if self.kind == "ba3c":
+            x = F.relu(F.max_pool2d(x, 2))  # = max_pool(relu(x)), on a quarter of the elements
+            x = F.relu(F.max_pool2d(self.conv1(x), 2))
+            x = F.relu(F.max_pool2d(self.conv2(F.pad(x, (1, 2, 1, 2))), 2))
+            x = F.relu(self.conv3(x))
+        else:
+            x = F.relu(self.conv1(F.relu(x)))
+        x = self.fc0(x.permute(0, 2, 3, 1).flatten(1))  # (row * width + column) * C + channel
+        x = self.prelu(x) if self.kind == "ba3c" else F.relu(x)
+        return self.fc_pi(x), self.fc_v(x).squeeze(1)
+
+
+class Batch(NamedTuple):
+    """Training data of B states: tensors on one device."""
+
+    states: torch.Tensor  # (B, 84, 84, 12) uint8
+    actions: torch.Tensor  # (B,) int64
+    action_probs: torch.Tensor  # (B,) float32, when the action was chosen
+    future_rewards: torch.Tensor  # (B,) float32, the n-step returns
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`; out of pinned memory it is copied without waiting."""
+        return Batch(*(column.to(device, non_blocking=True) for column in self))
+
+    def split(self, size: int) -> list["Batch"]:
+        """Consecutive parts of at most `size` states."""
+        return [Batch(*part) for part in zip(*(c.split(size) for c in self), strict=True)]
+
+
+def loss_terms(logits: torch.Tensor, value: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The sums over a batch that cost and metrics are made of.
+
+    Returns (6,): policy loss, cross entropy (negative entropy), value loss, importance, squared
+    advantage, value. The advantage here is V(s) - R, so that its product with log pi(a|s) is to be
+    minimized (Mnih et al. 2016, section 4); each product is weighted with the importance
+    pi(a|s) / mu(a|s), because the policy mu that chose the action is a few updates older.
+    """
+    policy = F.softmax(logits, dim=1)
+    log_probs = torch.log(policy + 1e-6)
+    pi_a = policy.gather(1, batch.actions[:, None]).squeeze(1)
+    log_pi_a = log_probs.gather(1, batch.actions[:, None]).squeeze(1)
+    importance = (pi_a / (batch.action_probs + 1e-8)).clamp(0, 10).detach()
+    advantage = value.detach() - batch.future_rewards
+    policy_loss = (log_pi_a * advantage * importance).sum()
+    xentropy_loss = (policy * log_probs).sum()
+    value_loss = 0.5 * (value - batch.future_rewards).square().sum()
+    sums = (importance.sum(), advantage.square().sum(), value.sum())
+    return torch.stack((policy_loss, xentropy_loss, value_loss, *sums))
+
+
+def cost_of(terms: torch.Tensor, entropy_beta: float, batch_size: int) -> torch.Tensor:
+    """The cost that is minimized: (policy + beta * cross entropy + value loss) / B."""
+    return (terms[0] + entropy_beta * terms[1] + terms[2]) / batch_size
+
+
+def clip_gradients(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Limit each variable's L2 norm to 0.1 * its number of elements, in place.
+
+    Returns the L2 norm () of all gradients together as they were before.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+    for gradient, norm in zip(gradients, norms, strict=True):
+        gradient.mul_((0.1 * gradient.numel() / norm).clamp(max=1))
+    return torch.linalg.vector_norm(norms)
+
+
+class Learner:
+    """A network in training: one call of `update` is one iteration."""
+
+    def __init__(self, network: Network, device: torch.device, adam_epsilon: float, threads: int):
+        self.network = network.to(device)
+        self.device = device
+        self.adam_epsilon = adam_epsilon
+        self.updates = 0
+        self.parameters = list(network.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, fused=True)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32; convolutions use it by default
+        self.pool = ThreadPoolExecutor(threads, "trainer", lambda: torch.set_num_threads(1))
+
+    def update(self, batch: Batch, learning_rate: float, entropy_beta: float) -> torch.Tensor:
+        """Apply one synchronous update; returns METRICS (8,) on the learner's device.
+
+        Adam is TensorFlow's: w -= lr_t * m / (sqrt(v) + eps), lr_t = lr sqrt(1 - b2^t) / (1 - b1^t).
+        torch divides sqrt(v) by sqrt(1 - b2^t) first, so its epsilon must be divided likewise.
+        """
+        batch_size = len(batch.actions)
+        terms, gradients = self.gradients(batch.to(self.device), entropy_beta)
+        norm = clip_gradients(gradients)
+        self.updates += 1
+        group = self.optimizer.param_groups[0]
+        group["lr"] = learning_rate
+        group["eps"] = self.adam_epsilon / (1 - group["betas"][1] ** self.updates) ** 0.5
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        importance, squared_advantage, value = terms[3:] / batch_size
+        cost = cost_of(terms, entropy_beta, batch_size)
+        return torch.stack((*terms[:3], cost, importance, squared_advantage.sqrt(), value, norm))
+
+    def gradients(self, batch: Batch, entropy_beta: float) -> tuple[torch.Tensor, list]:
+        """Loss terms (6,) and the gradient of the cost for each parameter, before clipping."""
+
+        def part_gradients(part: Batch) -> tuple[torch.Tensor, tuple]:
+            terms = loss_terms(*self.network(part.states), part)
+            cost = cost_of(terms, entropy_beta, len(batch.actions))
+            return terms.detach(), torch.autograd.grad(cost, self.parameters)
+
+        if self.device.type == "cuda":
+            results = [part_gradients(batch)]
+        else:
+            results = list(self.pool.map(part_gradients, batch.split(CPU_PART)))
+        columns = zip(*(gradients for _, gradients in results), strict=True)
+        return sum(terms for terms, _ in results), [sum(parts[1:], parts[0]) for parts in columns]
+
+    def state_dict(self) -> dict:
+        """Everything an update depends on."""
+        optimizer = self.optimizer.state_dict()
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": optimizer,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on as the learner whose `state_dict` this was."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+
+
+def tensorpack_name(name: str) -> str:
+    """`fc_pi.weight` -> `fc-pi/W`."""
+    layer, _, kind = name.replace("_", "-").partition(".")
+    return f"{layer}/" + ("alpha" if layer == "prelu" else "W" if kind == "weight" else "b")
+
+
+def to_tensorpack(tensor: torch.Tensor, name: str) -> np.ndarray:
+    """A parameter (or its gradient) as tensorpack lays it out: HWIO, [in, out], scalars ()."""
+    array = tensor.detach().float().cpu()
+    if name == "prelu/alpha":
+        array = array.reshape(())
+    elif name.endswith("/W"):
+        array = array.permute(2, 3, 1, 0) if array.dim() == 4 else array.T
+    return np.ascontiguousarray(array.numpy())
+
+
+def from_tensorpack(array: np.ndarray, name: str) -> torch.Tensor:
+    """The opposite of `to_tensorpack`."""
+    tensor = torch.from_numpy(np.array(array, np.float32))
+    if name == "prelu/alpha":
+        return tensor.reshape(1)
+    if name.endswith("/W"):
+        return tensor.permute(3, 2, 0, 1) if tensor.dim() == 4 else tensor.T
+    return tensor
+
+
+def save_weights(file, network: Network) -> None:
+    """Write `network` to an open binary file as tensorpack's .npz."""
+    arrays = {}
+    for name, parameter in network.named_parameters():
+        arrays[tensorpack_name(name)] = to_tensorpack(parameter, tensorpack_name(name))
+    np.savez(file, **arrays)
+
+
+def load_weights(path: str) -> Network:
+    """The network in an .npz of this program or of tensorpack; kind and actions are read off it.
+
+    Names may end in `:0`; other arrays are ignored. Raises WeightFileError for every file that is
+    not a whole set of finite weights. Nothing is ever unpickled.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("not an .npz archive")
+            keys = {key.removesuffix(":0"): key for key in archive.files}
+            for name in ("fc-pi/W", "fc-pi/b"):
+                if name not in keys:
+                    raise ValueError(f"it has no variable {name}")
+            num_actions = int(archive[keys["fc-pi/b"]].size)
+            if not 0 < num_actions < 1000:
+                raise ValueError(f"fc-pi/b has {num_actions} elements")
+            network = Network("ba3c" if "conv2/W" in keys else "a3c", num_actions)
+            with torch.no_grad():
+                for torch_name, parameter in network.named_parameters():
+                    name = tensorpack_name(torch_name)
+                    if name not in keys:
+                        raise ValueError(f"it has no variable {name} of the {network.kind} network")
+                    array, shape = archive[keys[name]], to_tensorpack(parameter, name).shape
+                    if array.shape != shape or array.dtype.kind != "f":
+                        found = f"{array.dtype} {array.shape}"
+                        raise ValueError(f"{name} is {found}; {network.kind} has float {shape}")
+                    if not np.isfinite(array).all():
+                        raise ValueError(f"{name} is not finite")
+                    parameter.copy_(from_tensorpack(array, name))
+    except FileNotFoundError as error:
+        raise WeightFileError(f"there is no weight file {path}") from error
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, MemoryError, KeyError) as error:
+        raise WeightFileError(f"{path} is not a usable weight file: {error}") from error
+    return network

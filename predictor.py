@@ -1,0 +1,218 @@
+"""Batched predictor threads, the network they share, and the queue of experience they fill.
+
+One thread does everything for its group of simulators: it receives what has arrived, enters it into
+the books, hands finished segments to the trainer, predicts for all new states in one batch, and
+replies. A state changes hands once, when it is trained on.
+"""
+
+import contextlib
+import copy
+import threading
+from collections import deque
+
+import numpy as np
+import torch
+
+from model import STATE_SHAPE, Batch, Learner, Network
+from simulator import Books, Fleet, Master, Segment
+
+POLL_MS = 100  # how long a predictor waits for messages before it looks whether it should end
+LAST_SCORES = 100  # training episodes in the mean score that is shown
+
+
+class ExperienceQueue:
+    """A bounded queue of states with their returns, stored as the batches they will be trained in.
+
+    A producer waits while `size` states wait to be trained on: that is what keeps a slow trainer's
+    policy from getting old. Memory: (size / batch_size + 2) batches, pinned where a GPU reads it.
+    """
+
+    def __init__(self, batch_size: int, size: int, pinned: bool = False):
+        self.batch_size, self.size = batch_size, size
+        # What waits (size, and the rest of a segment that was let in last), and what is trained on.
+        self.capacity = batch_size * (-(-size // batch_size) + 2)
+        shape = (self.capacity, *STATE_SHAPE)
+        self.states = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        self.actions = torch.zeros(self.capacity, dtype=torch.int64)
+        self.action_probs, self.future_rewards = torch.zeros(2, self.capacity)
+        self.versions = np.zeros(self.capacity, np.int64)
+        columns = (self.actions, self.action_probs, self.future_rewards)
+        self.arrays = [column.numpy() for column in columns]
+        self.put_count = 0  # states that ever came in
+        self.got_count = 0  # states that ever went out
+        self.closed = False
+        self.changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return self.put_count - self.got_count
+
+    def put(self, segment: Segment) -> bool:
+        """Copy a segment (at most batch_size states) into the queue; waits while it is full.
+
+        False if the queue was closed.
+        """
+        with self.changed:
+            while len(self) >= self.size and not self.closed:
+                self.changed.wait()
+            if self.closed:
+                return False
+            places = np.arange(self.put_count, self.put_count + len(segment.states)) % self.capacity
+            states = self.states.numpy()
+            for place, state in zip(places, segment.states, strict=True):
+                states[place] = state
+            values = (segment.actions, segment.action_probs, segment.future_rewards)
+            for array, value in zip(self.arrays, values, strict=True):
+                array[places] = value
+            self.versions[places] = segment.versions
+            self.put_count += len(places)
+            self.changed.notify_all()
+            return True
+
+    def get(self, timeout: float) -> tuple[Batch, np.ndarray] | None:
+        """The next batch and the versions (B,) that chose its actions; None after `timeout` s.
+
+        Both are the queue's own memory: they stay as they are until the next call.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: len(self) >= self.batch_size or self.closed, timeout)
+            if len(self) < self.batch_size or self.closed:
+                return None
+            start = self.got_count % self.capacity
+            self.got_count += self.batch_size
+            self.changed.notify_all()
+            rows = slice(start, start + self.batch_size)
+            columns = (self.states, self.actions, self.action_probs, self.future_rewards)
+            return Batch(*(column[rows] for column in columns)), self.versions[rows]
+
+    def close(self) -> None:
+        """Wake everybody up; nothing goes in or out any more."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+
+def sample_actions(policy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(n,) int64 actions drawn from policies (n, A)."""
+    cumulative = policy.cumsum(axis=1)
+    draws = rng.random((len(policy), 1)) * cumulative[:, -1:]
+    return (cumulative <= draws).sum(axis=1).clip(max=policy.shape[1] - 1)
+
+
+def predict(network: Network, states: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Policy (n, A) and value (n,) of uint8 states (n, 84, 84, 12), as float32 arrays.
+
+    Raises FloatingPointError if one of them is not finite.
+    """
+    with torch.inference_mode():
+        device = next(network.parameters()).device
+        logits, value = network(states.to(device, non_blocking=True))
+        result = torch.cat((logits.softmax(dim=1), value[:, None]), dim=1).cpu().numpy()
+    if not np.isfinite(result).all():
+        raise FloatingPointError("the network predicts values that are not finite")
+    return result[:, :-1], result[:, -1]
+
+
+class Predictor(threading.Thread):
+    """Serves one master's simulators until the queue is closed; `error` is what ended it early."""
+
+    def __init__(self, feed: "Feed", master: Master, options, seed: np.random.SeedSequence):
+        super().__init__(daemon=True)
+        self.feed, self.master, self.queue = feed, master, feed.queue
+        self.books = Books(master.num_players, options.local_time_max, options.gamma)
+        self.batch_size = max(options.predict_batch_size, master.most_players)
+        self.rng = np.random.default_rng(seed)
+        self.error: BaseException | None = None
+        shape, pinned = (self.batch_size, *STATE_SHAPE), feed.device.type == "cuda"
+        self.staging = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+
+    def run(self) -> None:
+        """The thread."""
+        torch.set_num_threads(1)
+        stream = contextlib.nullcontext()
+        try:
+            if self.feed.device.type == "cuda":
+                stream = torch.cuda.stream(torch.cuda.Stream(self.feed.device))
+            with stream:
+                while not self.queue.closed:
+                    self.serve()
+        except BaseException as error:  # whatever it is ends the run, so the trainer must know
+            self.error = error
+            self.queue.close()
+
+    def serve(self) -> None:
+        """Answer what has arrived."""
+        messages = self.master.receive(self.batch_size, POLL_MS)
+        states: list[np.ndarray] = []
+        for message in messages:
+            self.feed.scores.extend(score for score, _ in message.finished)
+            for segment in self.books.observe(message):
+                if not self.queue.put(segment):
+                    return
+            states += self.books.newest_states(message.players)
+        if not states:
+            return
+        for place, state in zip(self.staging.numpy(), states, strict=False):
+            np.copyto(place, state)
+        network, version, ready = self.feed.published  # after waiting for the queue: the newest
+        if ready is not None:
+            torch.cuda.current_stream().wait_event(ready)
+        policy, value = predict(network, self.staging[: len(states)])
+        actions = sample_actions(policy, self.rng)
+        probs = np.take_along_axis(policy, actions[:, None], axis=1)[:, 0]
+        first = 0
+        for message in messages:
+            part = slice(first, first + len(message.rewards))
+            self.master.reply(message, actions[part])
+            self.books.decide(message.players, actions[part], probs[part], value[part], version)
+            first = part.stop
+
+
+class Feed:
+    """What feeds the trainer: simulators, a predictor thread for each group of them, the queue."""
+
+    def __init__(self, env_id: str, options, learner: Learner, seeds: np.random.SeedSequence):
+        self.device = learner.device
+        self.scores: deque = deque(maxlen=LAST_SCORES)  # of finished training episodes
+        pinned = self.device.type == "cuda"
+        self.queue = ExperienceQueue(options.batch_size, options.queue_size, pinned)
+        self.publish(learner.network, learner.updates)
+        players = [options.players_per_simulator] * options.simulator_proc
+        groups = options.predictor_thread_per_gpu
+        self.fleet = Fleet(env_id, players, groups, int(seeds.generate_state(1)[0]))
+        pairs = zip(self.fleet.masters, seeds.spawn(groups), strict=True)
+        self.predictors = [Predictor(self, master, options, seed) for master, seed in pairs]
+        for predictor in self.predictors:
+            predictor.start()
+
+    def publish(self, network: Network, version: int) -> None:
+        """Let predictors use a copy of `network` from their next batch on.
+
+        A predictor keeps the copy it has taken for a whole batch, and nobody ever changes it.
+        """
+        snapshot = copy.deepcopy(network).requires_grad_(False)
+        ready = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        self.published = snapshot, version, ready  # one assignment: nobody sees half of it
+
+    def check(self) -> None:
+        """Raise what has ended a predictor or a simulator, if one has ended."""
+        for predictor in self.predictors:
+            if predictor.error is not None:
+                raise predictor.error
+        self.fleet.check()
+
+    def status(self) -> str:
+        """How far the way to a first batch is."""
+        there = f"{self.fleet.connected} of {len(self.fleet.processes)} simulators are there"
+        return f"{there}, {len(self.queue)} of {self.queue.batch_size} states"
+
+    def mean_score(self) -> float | None:
+        """Mean score of the last training episodes, as the game counts it."""
+        scores = list(self.scores)
+        return sum(scores) / len(scores) if scores else None
+
+    def close(self) -> None:
+        """End threads and processes."""
+        self.queue.close()
+        for predictor in self.predictors:
+            predictor.join()
+        self.fleet.close()

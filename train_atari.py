@@ -1,0 +1,584 @@
+#!/usr/bin/env python3
+"""Batch-A3C on Atari games: train an agent, score it.
+
+./train_atari.py --env Breakout-v0 --gpu 0                                # train
+./train_atari.py --env Breakout-v0 --network a3c                          # train on a CPU
+./train_atari.py --load train_log/train-atari-Breakout-v0/checkpoint.pt   # go on with a run
+./train_atari.py --task eval --env Breakout-v0 --load Breakout-v0.npz --episode 100
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import numpy as np
+from tabulate import tabulate
+from tqdm import tqdm
+
+from common import UserError, evaluate, make_env, replacing, summary
+from simulator import VectorPlayers
+
+# torch and the rooms that need it are imported where they are used: --help does not wait for them.
+
+# What changes learning: the original's values.
+BATCH_SIZE = 128  # new states per iteration
+LOCAL_TIME_MAX = 5  # steps of an n-step return
+GAMMA = 0.99
+LEARNING_RATE = "1e-3,20:3e-4,120:1e-4"  # VALUE,EPOCH:VALUE,... with the epoch from which it holds
+ENTROPY_BETA = "0.01,80:0.005"
+ADAM_EPSILON = 1e-3
+STEPS_PER_EPOCH = 6000
+MAX_EPOCH = 1000
+EVAL_EPISODE = 50
+EVAL_EPOCH = 3  # epochs from one evaluation to the next
+# What changes only speed, and how old a policy is when it is trained on.
+SIMULATOR_PROC = 50
+PREDICT_BATCH_SIZE = 15
+PREDICTOR_THREAD_PER_GPU = 3
+CPU_PLAYERS = 32  # in all: on a CPU few processes with several players each cost least
+QUEUE_SIZE = 128  # states that may wait for the trainer
+# What a run does beside.
+EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
+EVAL_PLAYERS = 16  # side by side
+CHECKPOINT_SECONDS = 300
+LOG_SECONDS = 10
+# Measured on one core of a server of 2021: states/s of playing, predicting and learning together.
+STATES_PER_CORE = {"ba3c": 70, "a3c": 600}
+
+RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz")
+PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "opencv-python-headless", "pyzmq", "msgpack")
+
+
+def count(text: str) -> int:
+    """A whole number above zero."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A finite number above zero."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def schedule(text: str) -> str:
+    """A schedule, `VALUE,EPOCH:VALUE,...`, as it is."""
+    for step in ("1:" + text).split(","):
+        epoch, value = step.split(":")
+        count(epoch), positive(value)
+    return text
+
+
+def scheduled(text: str, epoch: int) -> float:
+    """The value of a schedule in `epoch`, counted from 1."""
+    steps = [step.split(":") for step in ("1:" + text).split(",")]
+    return [float(value) for first, value in steps if epoch >= int(first)][-1]
+
+
+LEARNING = (  # option, type, default (None: what fits the machine), meaning
+    ("batch_size", count, BATCH_SIZE, "new states per iteration"),
+    ("local_time_max", count, LOCAL_TIME_MAX, "steps of an n-step return"),
+    ("gamma", positive, GAMMA, "discount per step"),
+    ("learning_rate", schedule, LEARNING_RATE, "VALUE,EPOCH:VALUE,..."),
+    ("entropy_beta", schedule, ENTROPY_BETA, "VALUE,EPOCH:VALUE,..."),
+    ("adam_epsilon", positive, ADAM_EPSILON, "epsilon of Adam in TensorFlow's form"),
+    ("steps_per_epoch", count, STEPS_PER_EPOCH, "iterations per epoch"),
+    ("max_epoch", count, MAX_EPOCH, "epochs until the run is done"),
+    ("eval_episode", count, EVAL_EPISODE, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
+)
+SPEED = (
+    ("simulator_proc", count, None, f"simulator processes; {SIMULATOR_PROC}, CPU: 2 per core"),
+    ("players_per_simulator", count, None, f"1; on a CPU, so many that all are {CPU_PLAYERS}"),
+    ("predict_batch_size", count, PREDICT_BATCH_SIZE, "most states in one prediction"),
+    ("predictor_thread_per_gpu", count, None, f"{PREDICTOR_THREAD_PER_GPU}; CPU: 1 per core"),
+    ("queue_size", count, QUEUE_SIZE, "states that may wait for the trainer"),
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line. Options that are not given are not in its result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (Ctrl-C) and 143 (SIGTERM) stopped "
+        "after saving.\nEven with --seed a training run cannot be repeated to the bit: the order in "
+        "which players\nare served depends on the load of the machine.",
+    )
+    add = parser.add_argument
+    add("--env", help="gymnasium id of an Atari game, such as Breakout-v0 (required)")
+    add("--task", choices=TASKS, default="train", help="default: train")
+    add("--gpu", help="number of the GPU; default: the first, or the CPU where there is none")
+    add("--load", metavar="FILE", help="weights.npz to start from, or checkpoint.pt to go on with")
+    output = (
+        "where the run is kept (default train_log/train-atari-ENV). A directory that holds a run "
+    )
+    output += "is refused, unless --load names its checkpoint.pt: then that run goes on"
+    add("--output", metavar="DIR", help=output)
+    add("--episode", type=count, metavar="N", default=100, help="episodes to play (default 100)")
+    add("--network", choices=("ba3c", "a3c"), help="default: ba3c; a3c is small, for a CPU")
+    add("--seed", type=int, metavar="N", help="of players, sampling, initialization")
+    for title, options in (("what changes learning", LEARNING), ("what changes speed", SPEED)):
+        group = parser.add_argument_group(title)
+        for name, kind, default, text in options:
+            text += f" (default {default})" if default else ""
+            group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="X", help=text)
+    return parser
+
+
+def find_device(gpu: str | None):
+    """The torch device that --gpu names."""
+    import torch
+
+    available = torch.cuda.device_count()
+    if gpu is None:
+        return torch.device("cuda:0" if available else "cpu")
+    if not gpu.isdecimal() or int(gpu) >= available:
+        raise UserError(f"--gpu {gpu}: there are {available} CUDA devices here, from 0", 2)
+    return torch.device("cuda", int(gpu))
+
+
+def complete(chosen: dict, on_cpu: bool) -> argparse.Namespace:
+    """All options of a training run: the chosen ones, and what fits them and this machine."""
+    table = {name: default for name, _, default, _ in LEARNING + SPEED}
+    o, cores = argparse.Namespace(**(table | chosen)), os.cpu_count() or 1
+    processes = min(2 * cores, CPU_PLAYERS) if on_cpu else SIMULATOR_PROC
+    o.simulator_proc = o.simulator_proc or processes
+    players = max(1, CPU_PLAYERS // o.simulator_proc) if on_cpu else 1
+    o.players_per_simulator = o.players_per_simulator or players
+    players = o.simulator_proc * o.players_per_simulator
+    threads = min(cores if on_cpu else PREDICTOR_THREAD_PER_GPU, o.simulator_proc)
+    o.predictor_thread_per_gpu = o.predictor_thread_per_gpu or threads
+    if "predict_batch_size" not in chosen:
+        o.predict_batch_size = min(o.predict_batch_size, players)
+    if "queue_size" not in chosen:
+        o.queue_size = max(o.queue_size, o.batch_size)
+
+    def refuse(wrong: bool, sentence: str) -> None:
+        if wrong:
+            raise UserError(sentence, 2)
+
+    size, threads = o.predict_batch_size, o.predictor_thread_per_gpu
+    refuse(size > players, f"{players} players can never fill a predict batch of {size} states")
+    refuse(threads > o.simulator_proc, f"{threads} predictor threads need as many simulators")
+    waiting = f"a queue of {o.queue_size} states can never fill a batch of {o.batch_size}"
+    refuse(o.queue_size < o.batch_size, waiting)
+    refuse(o.local_time_max >= o.batch_size, "--local-time-max must be below --batch-size")
+    return o
+
+
+def read_checkpoint(path: str) -> dict:
+    """A checkpoint of this program; UserError for anything else. No code in it runs."""
+    import torch
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] != "batch-a3c 1":
+            raise ValueError("it is of another program")
+        return checkpoint
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except Exception as error:  # whatever a damaged file makes of its reader
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is not a usable checkpoint: {reason}") from error
+
+
+def load_network(path: str, env_id: str, kind: str | None = None):
+    """The network in an .npz or a checkpoint, which must fit the game (and the kind, if given)."""
+    import model
+
+    with contextlib.closing(make_env(env_id)) as env:
+        actions = int(env.action_space.n)
+    if path.endswith(".pt"):
+        saved = read_checkpoint(path)
+        network = model.Network(saved["network"], saved["num_actions"])
+        network.load_state_dict(saved["learner"]["network"])
+    else:
+        network = model.load_weights(path)
+    if network.num_actions != actions:
+        n = network.num_actions
+        raise UserError(f"{path} is for a game with {n} actions; {env_id} has {actions}")
+    if kind not in (None, network.kind):
+        raise UserError(f"{path} holds the network {network.kind}, not {kind}")
+    return network
+
+
+def open_run(path: str, goes_on: bool):
+    """Make the directory of a run ours; returns its log file, open and locked."""
+    present = [name for name in RUN_FILES if os.path.exists(os.path.join(path, name))]
+    if present and not goes_on:
+        checkpoint = os.path.join(path, "checkpoint.pt")
+        sentence = (
+            f"{path} holds a run ({', '.join(present)}): go on with it by --load {checkpoint}"
+        )
+        raise UserError(f"{sentence}, or name another --output", 2)
+    try:
+        os.makedirs(path, exist_ok=True)
+        log_file = open(os.path.join(path, "log.log"), "a", buffering=1)  # noqa: SIM115
+        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return log_file
+    except BlockingIOError as error:
+        raise UserError(f"another process is training in {path}", 2) from error
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}", 2) from error
+
+
+class Training:
+    """A run: the learner, what feeds it, and what it leaves in its directory.
+
+    chosen: the options the user gave, now or before; saved: its checkpoint, if it goes on.
+    """
+
+    def __init__(self, env_id, chosen, network, device, path, saved):
+        import torch
+        from torch.utils.tensorboard import SummaryWriter
+
+        import model
+        import predictor
+
+        self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, path
+        self.options = complete(chosen, device.type == "cpu")
+        self.log_file = open_run(path, bool(saved) and path == saved["path"])
+        self.columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
+        # Epochs and iterations done, iterations of this epoch done, starts of this program.
+        self.at = {"epoch": 0, "global_step": 0, "epoch_step": 0, "starts": 0, "best_score": None}
+        self.stats: list[dict] = []  # of the epochs done
+        self.rows: list[np.ndarray] = []  # of this epoch's iterations: a value for each column
+        self.unread: list[tuple] = []  # iterations whose metrics are still on the device
+        self.began = self.logged = self.saved = time.monotonic()
+        self.shown, self.evaluated_s, self.signal = 0, 0.0, None
+        threads = os.cpu_count() or 1
+        self.learner = model.Learner(network, device, self.options.adam_epsilon, threads)
+        if saved:
+            self.learner.load_state_dict(saved["learner"])
+            torch.set_rng_state(saved["rng"])
+            self.at, self.stats = saved["at"], saved["stats"]
+            at = "weights, optimizer, schedules, iteration {global_step}, best score {best_score}"
+            self.log(f"restored {saved['file']}: {at.format(**self.at)}")
+        self.at["starts"] += 1
+        packages = {name: version(name) for name in PACKAGES} | {"python": sys.version}
+        config = {"env": env_id} | vars(self.options) | {"versions": packages}
+        self.write_json("config.json", config)
+        self.announce()
+        self.writer = SummaryWriter(path, purge_step=self.at["global_step"] + 1)
+        seeds = np.random.SeedSequence((self.options.seed, self.at["starts"]))
+        self.feed = predictor.Feed(env_id, self.options, self.learner, seeds)
+
+    def announce(self) -> None:
+        """Print what follows from the options."""
+        o, network = self.options, self.learner.network
+        players = o.simulator_proc * o.players_per_simulator
+        states = o.steps_per_epoch * o.batch_size
+        # A state waits until its segment is done, then in the queue; meanwhile others are trained on.
+        lag = (players * (o.local_time_max + 3) / 2 + o.queue_size) / o.batch_size
+        most = max(o.predict_batch_size, o.players_per_simulator)
+        facts = {
+            "run directory": self.path,
+            "device": f"{self.device}, {os.cpu_count()} cores",
+            "game": f"{self.env_id}, {network.num_actions} actions, seed {o.seed}",
+            "network": f"{network.kind}, {sum(p.numel() for p in network.parameters()):,} parameters",
+            "players": f"{o.simulator_proc} processes x {o.players_per_simulator} = {players}",
+            "predictors": f"{o.predictor_thread_per_gpu} threads, at most {most} states together",
+            "epoch": f"{o.steps_per_epoch:,} iterations x {o.batch_size} = {states:,} states",
+            "policy lag": f"{lag:.1f} updates when the trainer binds",
+        }
+        if self.device.type == "cpu":
+            rate = STATES_PER_CORE[network.kind] * (os.cpu_count() or 1)
+            facts["to expect"] = (
+                f"about {rate} states/s, {states / rate / 3600:.1f} hours per epoch"
+            )
+            if network.kind == "ba3c":
+                facts["to expect"] += "; --network a3c is several times faster on a CPU"
+        self.log("training\n" + tabulate(facts.items()))
+
+    def log(self, text: str) -> None:
+        """A line on standard output, above a progress bar if there is one, and in log.log."""
+        line = time.strftime("%m-%d %H:%M:%S ") + text
+        tqdm.write(line)
+        self.log_file.write(line + "\n")
+
+    def write(self, name: str, save: Callable) -> None:
+        """Let `save(file)` write a file of the run."""
+        with replacing(os.path.join(self.path, name)) as file:
+            save(file)
+
+    def write_json(self, name: str, content) -> None:
+        """Write a JSON file of the run."""
+        self.write(name, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+    def write_weights(self, name: str) -> None:
+        """Write the network as .npz."""
+        from model import save_weights
+
+        self.write(name, lambda file: save_weights(file, self.learner.network))
+
+    def save(self) -> None:
+        """Write the checkpoint and the latest weights."""
+        import torch
+
+        self.collect()
+        network = self.learner.network
+        checkpoint = {"format": "batch-a3c 1", "env": self.env_id, "options": self.chosen}
+        checkpoint |= {"network": network.kind, "num_actions": network.num_actions}
+        checkpoint |= {"learner": self.learner.state_dict(), "rng": torch.get_rng_state()}
+        checkpoint |= {"at": self.at, "stats": self.stats}
+        self.write("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        self.write_weights("model-latest.npz")
+        self.saved = time.monotonic()
+
+    def on_signal(self, signum: int, frame) -> None:
+        """The first signal lets the iteration end and saves; the second ends at once."""
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signum
+
+    def check(self) -> None:
+        """Raise what should end the run, if there is something."""
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            sentence = f"stopped by {name} in iteration {self.at['global_step']}"
+            raise UserError(sentence, 128 + self.signal)
+        self.feed.check()
+
+    def run(self) -> None:
+        """Train until the last epoch is done."""
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, self.on_signal)
+        try:
+            while self.at["epoch"] < self.options.max_epoch:
+                self.run_epoch()
+                self.end_epoch()
+        except UserError as error:
+            if self.rows or self.unread:
+                self.save()
+            self.log(str(error))
+            raise
+        finally:
+            self.feed.close()
+            self.writer.close()
+
+    def run_epoch(self) -> None:
+        """The iterations of an epoch that are not done yet."""
+        at, steps, epoch = self.at, self.options.steps_per_epoch, self.at["epoch"] + 1
+        self.rates = {
+            "learning_rate": scheduled(self.options.learning_rate, epoch),
+            "entropy_beta": scheduled(self.options.entropy_beta, epoch),
+        }
+        self.rows, self.shown, self.epoch_began = [], 0, time.monotonic()
+        disable = not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=steps, initial=at["epoch_step"], desc=f"epoch {epoch}", disable=disable
+        )
+        with self.bar:
+            while at["epoch_step"] < steps:
+                batch, versions = self.next_batch()
+                lag = at["global_step"] - versions
+                metrics = self.learner.update(batch, **self.rates)
+                at["global_step"] += 1
+                at["epoch_step"] += 1
+                self.feed.publish(self.learner.network, at["global_step"])
+                self.unread.append((metrics, [lag.mean(), lag.max(), len(self.feed.queue)]))
+                self.bar.update()
+                self.after_iteration()
+
+    def next_batch(self):
+        """Wait for a batch; before the first one, say what for."""
+        while (batch := self.feed.queue.get(timeout=0.5)) is None:
+            self.check()
+            if not self.rows and not self.unread and time.monotonic() - self.logged > 2:
+                self.logged = time.monotonic()
+                self.log(f"waiting for the first batch: {self.feed.status()}")
+        return batch
+
+    def after_iteration(self) -> None:
+        """What is due now: metrics, a line, a checkpoint, the end."""
+        now = time.monotonic()
+        if self.device.type == "cpu" or len(self.unread) >= 50:  # reading waits for the GPU
+            self.collect()
+        if now - self.logged >= LOG_SECONDS:
+            self.show(now)
+        if now - self.saved >= CHECKPOINT_SECONDS:
+            self.save()
+        self.check()
+
+    def collect(self) -> None:
+        """Read the metrics of the last iterations; FloatingPointError if one is not finite."""
+        first = self.at["global_step"] - len(self.unread) + 1
+        for step, (metrics, host) in enumerate(self.unread, first):
+            row = np.array([*metrics.tolist(), *host])
+            for name, value in zip(self.columns, row, strict=True):
+                if not np.isfinite(value):
+                    raise FloatingPointError(f"{name} is {value} in iteration {step}")
+            self.rows.append(row)
+        self.unread = []
+
+    def means(self, first: int, seconds: float) -> dict[str, float]:
+        """Metrics of this epoch's iterations from the `first` one on."""
+        rows = np.array(self.rows[first:])
+        metrics = dict(zip(self.columns, rows.mean(axis=0).tolist(), strict=True)) | self.rates
+        metrics["policy_lag_max"] = float(rows[:, self.columns.index("policy_lag_max")].max())
+        metrics["it_per_s"] = len(rows) / seconds
+        metrics["states_per_s"] = metrics["it_per_s"] * self.options.batch_size
+        metrics["train_score"] = self.feed.mean_score()
+        return metrics
+
+    def show(self, now: float) -> None:
+        """Means since the last time: a line or the end of the progress bar, and TensorBoard."""
+        self.collect()
+        m = self.means(self.shown, now - self.logged)
+        self.shown, self.logged = len(self.rows), now
+        self.add_scalars(m)
+        score = "-" if m["train_score"] is None else f"{m['train_score']:.2f}"
+        queue = f"{m['queue_size']:.0f}/{self.options.queue_size}"
+        text = f"{m['states_per_s']:.0f} states/s, score {score}, queue {queue}"
+        text += f", lag {m['policy_lag']:.2f}"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            steps = f"{self.at['epoch_step']}/{self.options.steps_per_epoch}"
+            self.log(f"epoch {self.at['epoch'] + 1} {steps}: {m['it_per_s']:.2f} it/s, {text}")
+
+    def add_scalars(self, metrics: dict) -> None:
+        """Show what there is in TensorBoard."""
+        for name, value in metrics.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, self.at["global_step"])
+
+    def end_epoch(self) -> None:
+        """Evaluate if it is time, and write down how the epoch went."""
+        metrics = self.means(0, time.monotonic() - self.epoch_began)
+        self.at["epoch"] += 1
+        self.at["epoch_step"] = 0
+        epoch = self.at["epoch"]
+        metrics |= {"mean_score": None, "max_score": None}
+        if epoch % EVAL_EPOCH == 0 or epoch == self.options.max_epoch:
+            metrics |= self.evaluate()
+        self.add_scalars(metrics)
+        self.stats.append({"epoch_num": epoch, "global_step": self.at["global_step"]} | metrics)
+        self.write_json("stats.json", self.stats)
+        self.save()
+        self.log(f"epoch {epoch} is done\n" + tabulate(self.stats[-1].items()))
+        self.logged = time.monotonic()
+
+    def evaluate(self) -> dict[str, float]:
+        """Score the network, within EVAL_SHARE of the time of the run, and keep the best one."""
+        start = time.monotonic()
+        seconds = EVAL_SHARE * (start - self.began) - self.evaluated_s
+        seconds /= 1 - EVAL_SHARE  # evaluation is part of the time of the run
+        o, log = self.options, lambda text: self.log(f"evaluation: {text}")
+        log(f"{o.eval_episode} episodes in {seconds:.0f} s at most")
+        seed = o.seed + self.at["epoch"]
+        network = self.learner.network
+        done = score(self.env_id, network, o.eval_episode, seed, log, seconds, self.check)
+        self.evaluated_s += time.monotonic() - start
+        result, cut = summary(done), sum(not episode.finished for episode in done)
+        log(f"mean {result['mean']:.2f}, {cut} of {len(done)} episodes cut short")
+        best = self.at["best_score"]
+        if best is None or (not cut and result["mean"] > best):
+            self.at["best_score"] = None if cut else result["mean"]
+            self.write_weights("model-best.npz")
+        return {"mean_score": result["mean"], "max_score": result["max"]}
+
+
+def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: None) -> list:
+    """Evaluate a network on all cores, with progress; returns the episodes."""
+    import torch
+
+    from predictor import predict
+
+    start = logged = time.monotonic()
+    torch.set_num_threads(os.cpu_count() or 1)  # of this thread; the others have one each
+    players = VectorPlayers(env_id, min(episodes, EVAL_PLAYERS), seed, check)
+    bar = tqdm(total=episodes, desc="evaluation", disable=not sys.stderr.isatty())
+
+    def progress(done: list) -> None:
+        nonlocal logged
+        bar.update(len(done) - bar.n)
+        if bar.disable and time.monotonic() - logged > LOG_SECONDS:
+            logged = time.monotonic()
+            log(f"{len(done)} of {episodes} episodes")
+
+    def policy_of(states: np.ndarray) -> np.ndarray:
+        return predict(network, torch.from_numpy(states))[0]
+
+    with contextlib.closing(players), bar:
+        seconds -= time.monotonic() - start
+        return evaluate(players, policy_of, episodes, seed, seconds, progress)
+
+
+def task_train(given: dict) -> None:
+    """--task train."""
+    import torch
+
+    from model import Network
+
+    load, output = given.pop("load", None), given.pop("output", None)
+    device = find_device(given.pop("gpu", None))
+    saved = read_checkpoint(load) if load and load.endswith(".pt") else {}
+    env_id = given.pop("env", saved.get("env"))
+    if saved and env_id != saved["env"]:
+        raise UserError(f"{load} is a run of {saved['env']}, not of {env_id}", 2)
+    given = {"seed": int.from_bytes(os.urandom(4), "little")} | saved.get("options", {}) | given
+    complete(given, device.type == "cpu")
+    torch.manual_seed(given["seed"])
+    if load:
+        network = load_network(load, env_id, given.get("network"))
+    else:
+        with contextlib.closing(make_env(env_id)) as env:
+            network = Network(given.get("network", "ba3c"), int(env.action_space.n))
+    given["network"] = network.kind
+    path = os.path.join("train_log", "train-atari-" + re.sub(r"[^\w.-]", "-", env_id))
+    if saved:
+        saved |= {"file": load, "path": os.path.abspath(os.path.dirname(load))}
+        path = saved["path"]
+    Training(env_id, given, network, device, os.path.abspath(output or path), saved).run()
+
+
+def task_eval(given: dict) -> None:
+    """--task eval."""
+    if "load" not in given:
+        raise UserError("--task eval needs --load FILE", 2)
+    env_id = given.get("env") or read_checkpoint(given["load"])["env"]
+    network = load_network(given["load"], env_id).to(find_device(given.get("gpu")))
+    seed = given.get("seed", int.from_bytes(os.urandom(4), "little"))
+    start = time.monotonic()
+    episodes = score(env_id, network, given["episode"], seed, log=print)
+    result = summary(episodes) | {"seconds": round(time.monotonic() - start, 1)}
+    print(tabulate(result.items()))
+
+
+TASKS = {"train": task_train, "eval": task_eval}
+
+
+def main() -> int:
+    """Run a task; returns the exit code."""
+    parser = make_parser()
+    given = vars(parser.parse_args())
+    if "env" not in given and not given.get("load", "").endswith(".pt"):
+        parser.error("--env is required")
+    # Threads that wait should sleep: there are more of them here than cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    task = TASKS[given.pop("task")]
+    try:
+        task(given)
+        return 0
+    except KeyboardInterrupt:
+        sentence, code = "interrupted", 130
+    except (UserError, FloatingPointError, OSError) as error:
+        sentence, code = str(error), getattr(error, "code", 1)
+    print(f"{parser.prog}: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
