@@ -7,9 +7,10 @@ function from states to policies.
 import contextlib
 import difflib
 import os
+import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import cv2
@@ -45,13 +46,13 @@ def nearest_games(env_id: str) -> list[str]:
     games = {
         name.lower(): name
         for name, spec in gymnasium.registry.items()
-        if spec.kwargs.get("obs_type") == "rgb" and name.endswith("-v0")
+        if re.fullmatch(r"\w+(?<!NoFrameskip)-v0", name) and "ale_py" in str(spec.entry_point)
     }
     close = difflib.get_close_matches(env_id.lower(), games, n=3, cutoff=0.4)
     return [games[name] for name in close]
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
+def make_env(env_id: str, **render) -> gymnasium.Env:
     """The gymnasium environment `env_id` (`module:id` imports its module first).
 
     Raises UserError where there is none, or where it does not fit: an agent here sees RGB frames
@@ -61,7 +62,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
         with warnings.catch_warnings():  # that -v0 is out of date is the user's choice
             warnings.simplefilter("ignore")
             # The checker would look at every observation of every step: a fifth of its time.
-            env = gymnasium.make(env_id, render_mode=render_mode, disable_env_checker=True)
+            env = gymnasium.make(env_id, disable_env_checker=True, **render)
     except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
         if isinstance(error, gymnasium.error.UnregisteredEnv | ImportError | ValueError):
             names = ", ".join(nearest_games(env_id)) or "Breakout-v0, Pong-v0, ..."
@@ -71,10 +72,11 @@ def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
     rgb = isinstance(frames, gymnasium.spaces.Box) and frames.dtype == np.uint8
     if not (rgb and len(frames.shape) == 3 and frames.shape[2] == 3):
         env.close()
-        raise UserError(f"{env_id} shows no RGB frames (its observations: {frames})", 2)
+        found = f"its observations have shape {frames.shape}, {frames.dtype}"
+        raise UserError(f"{env_id} shows no RGB frames: {found}", 2)
     if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
         env.close()
-        raise UserError(f"{env_id} has no numbered actions (its actions: {actions})", 2)
+        raise UserError(f"{env_id} has no numbered actions, but {actions}", 2)
     return env
 
 
@@ -161,30 +163,26 @@ def greedy_actions(policy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def evaluate(
-    players,
-    policy_of: Callable[[np.ndarray], np.ndarray],
-    episodes: int,
-    seed: int,
-    seconds: float,
-    progress: Callable[[list[Episode]], None],
-) -> list[Episode]:
+    players, policy_of: Callable, episodes: int, seed: int, seconds: float
+) -> Iterator[list[Episode]]:
     """Play exactly `episodes` episodes side by side; every one that starts counts.
 
-    players: has `num_players` (at most `episodes`) and `step(actions) -> frames, rewards, is_over`,
-    which starts new episodes by itself. All players step together, so that the network sees the
-    same batches again and one seed gives the same scores. After half of `seconds` no more episodes
-    start, and after all of them those under way are cut short and count with what they have.
+    Yields the list of those that are done, after every step. All players step together, so that the
+    network sees the same batches again and one seed gives the same scores. After half of `seconds`
+    no more episodes start; after all of them those under way are cut short and count as they are.
+
+    players: has `num_players` (at most `episodes`) and `step(actions)`, which returns frames,
+    rewards and is_over and starts new episodes by itself; `step(None)` starts the first ones.
     policy_of: states (n, 84, 84, 12) uint8 -> policies (n, A).
     """
-    start = time.monotonic()
-    rng = np.random.default_rng(seed)
+    start, rng = time.monotonic(), np.random.default_rng(seed)
     started = n = players.num_players
     playing, fresh = np.ones((2, n), bool)
     score, length = np.zeros((2, n))
     states, spare = np.zeros((2, n, *STATE_SHAPE), np.uint8)
     done: list[Episode] = []
     frames, rewards, is_over = players.step(None)
-    while True:
+    while playing.any():
         for i in range(n):
             stack_frame(None if fresh[i] else states[i], frames[i], spare[i])
         states, spare = spare, states
@@ -196,23 +194,21 @@ def evaluate(
             done.append(Episode(float(score[i]), int(length[i]), bool(is_over[i])))
             playing[i] = started < episodes and elapsed < seconds / 2
             started += playing[i]
-        progress(done)
-        if not playing.any():
-            return done
         score[is_over], length[is_over] = 0, 0
         fresh = is_over
+        yield done
 
 
-@contextlib.contextmanager
-def replacing(path: str):
-    """Open a binary file that takes the place of `path` only when it is whole and on the disk."""
+def write_file(path: str, save: Callable) -> None:
+    """Let `save(file)` write a file that takes the place of `path` when it is whole and on disk."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
-            yield file
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
+        raise

@@ -4,7 +4,6 @@ Sources: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning
 4 and algorithm S3); Kingma & Ba 2015, "Adam" (the update, in the form at the end of its section 2).
 """
 
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 NETWORKS = ("ba3c", "a3c")
+CHECKPOINT_FORMAT = "batch-a3c 1"
 STATE_SHAPE = (84, 84, 12)  # row, column, history * 3 + rgb (oldest frame first)
 LOSSES = ("policy_loss", "xentropy_loss", "value_loss", "cost")
 METRICS = (*LOSSES, "importance", "rms_advantage", "predict_reward", "grad_norm")
@@ -145,7 +145,7 @@ class Learner:
     def update(self, batch: Batch, learning_rate: float, entropy_beta: float) -> torch.Tensor:
         """Apply one synchronous update; returns METRICS (8,) on the learner's device.
 
-        Adam is TensorFlow's: w -= lr_t * m / (sqrt(v) + eps), lr_t = lr sqrt(1 - b2^t) / (1 - b1^t).
+        Adam is TensorFlow's: w -= lr_t * m / (sqrt(v) + eps), lr_t = lr sqrt(1-b2^t) / (1-b1^t).
         torch divides sqrt(v) by sqrt(1 - b2^t) first, so its epsilon must be divided likewise.
         """
         batch_size = len(batch.actions)
@@ -207,7 +207,7 @@ def to_tensorpack(tensor: torch.Tensor, name: str) -> np.ndarray:
         array = array.reshape(())
     elif name.endswith("/W"):
         array = array.permute(2, 3, 1, 0) if array.dim() == 4 else array.T
-    return np.ascontiguousarray(array.numpy())
+    return array.contiguous().numpy()
 
 
 def from_tensorpack(array: np.ndarray, name: str) -> torch.Tensor:
@@ -228,38 +228,71 @@ def save_weights(file, network: Network) -> None:
     np.savez(file, **arrays)
 
 
+def read_weights(archive) -> Network:
+    """The network in an open .npz archive; ValueError if that is not a whole set of weights."""
+    keys = {key.removesuffix(":0"): key for key in archive.files}
+
+    def read(name: str) -> np.ndarray:
+        if name not in keys:
+            raise ValueError(f"it has no variable {name}")
+        array = archive[keys[name]]
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise ValueError(f"{name} does not hold finite floating-point numbers")
+        return array
+
+    num_actions = read("fc-pi/b").size
+    if not 0 < num_actions < 1000:
+        raise ValueError(f"fc-pi/b has {num_actions} elements")
+    network = Network("ba3c" if "conv2/W" in keys else "a3c", num_actions)
+    with torch.no_grad():
+        for torch_name, parameter in network.named_parameters():
+            name = tensorpack_name(torch_name)
+            array, shape = read(name), to_tensorpack(parameter, name).shape
+            if array.shape != shape:
+                kind = network.kind
+                raise ValueError(f"{name} is {array.shape}, but {shape} in the {kind} network")
+            parameter.copy_(from_tensorpack(array, name))
+    return network
+
+
 def load_weights(path: str) -> Network:
     """The network in an .npz of this program or of tensorpack; kind and actions are read off it.
 
-    Names may end in `:0`; other arrays are ignored. Raises WeightFileError for every file that is
-    not a whole set of finite weights. Nothing is ever unpickled.
+    Names may end in `:0`; other arrays are ignored. WeightFileError for anything unusable. Nothing
+    is ever unpickled.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("not an .npz archive")
-            keys = {key.removesuffix(":0"): key for key in archive.files}
-            for name in ("fc-pi/W", "fc-pi/b"):
-                if name not in keys:
-                    raise ValueError(f"it has no variable {name}")
-            num_actions = int(archive[keys["fc-pi/b"]].size)
-            if not 0 < num_actions < 1000:
-                raise ValueError(f"fc-pi/b has {num_actions} elements")
-            network = Network("ba3c" if "conv2/W" in keys else "a3c", num_actions)
-            with torch.no_grad():
-                for torch_name, parameter in network.named_parameters():
-                    name = tensorpack_name(torch_name)
-                    if name not in keys:
-                        raise ValueError(f"it has no variable {name} of the {network.kind} network")
-                    array, shape = archive[keys[name]], to_tensorpack(parameter, name).shape
-                    if array.shape != shape or array.dtype.kind != "f":
-                        found = f"{array.dtype} {array.shape}"
-                        raise ValueError(f"{name} is {found}; {network.kind} has float {shape}")
-                    if not np.isfinite(array).all():
-                        raise ValueError(f"{name} is not finite")
-                    parameter.copy_(from_tensorpack(array, name))
+            return read_weights(archive)
     except FileNotFoundError as error:
-        raise WeightFileError(f"there is no weight file {path}") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, MemoryError, KeyError) as error:
-        raise WeightFileError(f"{path} is not a usable weight file: {error}") from error
+        raise WeightFileError(f"there is no file {path}") from error
+    except Exception as error:  # whatever a damaged file makes of its readers
+        raise WeightFileError(f"{path} is not a usable weight file: {reason(error)}") from error
+
+
+def load_checkpoint(path: str) -> dict:
+    """A checkpoint of this program; WeightFileError for anything else. No code in it runs."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] != CHECKPOINT_FORMAT:
+            raise ValueError("it is of another program")
+        return checkpoint
+    except FileNotFoundError as error:
+        raise WeightFileError(f"there is no file {path}") from error
+    except Exception as error:  # as above
+        raise WeightFileError(f"{path} is not a usable checkpoint: {reason(error)}") from error
+
+
+def load_network(path: str) -> Network:
+    """The network in an .npz or in a training checkpoint, .pt."""
+    if not path.endswith(".pt"):
+        return load_weights(path)
+    checkpoint = load_checkpoint(path)
+    network = Network(checkpoint["network"], checkpoint["num_actions"])
+    network.load_state_dict(checkpoint["learner"]["network"])
     return network
+
+
+def reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return str(error).partition("\n")[0] or type(error).__name__

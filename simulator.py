@@ -158,14 +158,14 @@ class Segment:
 class Books:
     """What is remembered of each player until its n-step returns are known.
 
-    Mnih et al. 2016, algorithm S3: R = r + gamma * R, from 0 at the end of an episode, otherwise from
-    the value that was predicted for the newest state. Rewards are clipped to [-1, 1].
+    Mnih et al. 2016, algorithm S3: R = r + gamma * R, from 0 at the end of an episode, otherwise
+    from the value that was predicted for the newest state. Rewards are clipped to [-1, 1].
     """
 
     def __init__(self, num_players: int, local_time_max: int, gamma: float):
         self.local_time_max = local_time_max
         self.gamma = gamma
-        # A ring per player, for the remembered states (local_time_max + 1) and the one just arrived.
+        # A ring per player: the remembered states (local_time_max + 1) and the one just arrived.
         self.ring = local_time_max + 2
         shape = (num_players, self.ring)
         self.states = np.zeros((*shape, *STATE_SHAPE), np.uint8)
@@ -178,7 +178,7 @@ class Books:
         self.count = np.zeros(num_players, np.int64)  # states remembered
 
     def observe(self, message: Message) -> list[Segment]:
-        """Enter a message: rewards to the states they belong to, new states; returns what is finished.
+        """Enter rewards where they belong, and the new states; returns what is finished.
 
         Of a player's first message reward and is_over belong to nothing and are ignored.
         """
@@ -232,7 +232,7 @@ class Books:
 
 
 class Fleet:
-    """Simulator processes, in groups with a master each, and the private directory of their sockets.
+    """Simulator processes, in groups with a master each, and their private socket directory.
 
     players: how many players each simulator has; group i has every `groups`-th of them.
     """
@@ -248,25 +248,21 @@ class Fleet:
                 members = range(group, len(players), groups)
                 self.masters.append(Master(self.context, address, {i: players[i] for i in members}))
             for index, count in enumerate(players):
-                self.start(addresses[index % groups], env_id, index, count, seed)
+                settings = {"connect": addresses[index % groups], "env": env_id, "index": index}
+                self.start(settings | {"players": count, "seed": seed})
         except BaseException:
             self.close()
             raise
 
-    def start(self, address: str, env_id: str, index: int, players: int, seed: int) -> None:
-        """Start one simulator; its messages go to a file, its life hangs on a pipe."""
-        command = [sys.executable, os.path.abspath(__file__), "--connect", address, "--env", env_id]
-        command += ["--index", str(index), "--players", str(players), "--seed", str(seed)]
-        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        with open(self.error_file(index), "wb") as errors:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=errors,
-                stderr=errors,
-                env=os.environ | one_thread,
-                start_new_session=True,  # Ctrl-C is for the training process
-            )
+    def start(self, settings: dict) -> None:
+        """Start one simulator; its output goes to a file, its life hangs on a pipe."""
+        command = [sys.executable, os.path.abspath(__file__)]
+        command += [f"--{name}={value}" for name, value in settings.items()]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        with open(self.error_file(settings["index"]), "wb") as output:
+            streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
+            # A session of its own: Ctrl-C is for the training process.
+            process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         self.processes.append(process)
 
     def error_file(self, index: int) -> str:
@@ -304,34 +300,29 @@ class Fleet:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-class VectorPlayers:
-    """Players in simulator processes that step together, for evaluation."""
+class VectorPlayers(Fleet):
+    """Players in simulator processes on all cores that step together, for evaluation."""
 
     def __init__(self, env_id: str, num_players: int, seed: int, check: Callable[[], None]):
         processes = min(num_players, os.cpu_count() or 1)
         share, rest = divmod(num_players, processes)
-        self.num_players = num_players
-        self.check = check
-        self.fleet = Fleet(env_id, [share + (i < rest) for i in range(processes)], 1, seed)
+        super().__init__(env_id, [share + (i < rest) for i in range(processes)], 1, seed)
+        self.num_players, self.check_run = num_players, check
         self.waiting: list[Message] = []
 
     def step(self, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Act, (n,), or start with None; returns frames (n, 84, 84, 3), rewards (n,), is_over (n,)."""
-        master = self.fleet.masters[0]
+        """Act, (n,), or start (None): frames (n, 84, 84, 3), rewards (n,), is_over (n,)."""
+        master = self.masters[0]
         for message in self.waiting:
             master.reply(message, actions[message.players])
         self.waiting = []
-        while len(self.waiting) < len(self.fleet.processes):
+        while len(self.waiting) < len(self.processes):
             self.waiting += master.receive(self.num_players, timeout_ms=200)
+            self.check_run()
             self.check()
-            self.fleet.check()
         self.waiting.sort(key=lambda message: message.players.start)
         columns = zip(*((m.frames, m.rewards, m.is_over) for m in self.waiting), strict=True)
         return tuple(np.concatenate(column) for column in columns)
-
-    def close(self) -> None:
-        """End the processes."""
-        self.fleet.close()
 
 
 def main() -> int:

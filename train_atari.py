@@ -24,7 +24,7 @@ import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
-from common import UserError, evaluate, make_env, replacing, summary
+from common import UserError, evaluate, make_env, summary, write_file
 from simulator import VectorPlayers
 
 # torch and the rooms that need it are imported where they are used: --help does not wait for them.
@@ -54,6 +54,10 @@ LOG_SECONDS = 10
 # Measured on one core of a server of 2021: states/s of playing, predicting and learning together.
 STATES_PER_CORE = {"ba3c": 70, "a3c": 600}
 
+EPILOG = """\
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (Ctrl-C) and 143 (SIGTERM) stopped after saving.
+Even with --seed a training run cannot be repeated to the bit: in which order players are served
+depends on the load of the machine."""
 RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz")
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "opencv-python-headless", "pyzmq", "msgpack")
 
@@ -112,9 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (Ctrl-C) and 143 (SIGTERM) stopped "
-        "after saving.\nEven with --seed a training run cannot be repeated to the bit: the order in "
-        "which players\nare served depends on the load of the machine.",
+        epilog=EPILOG,
     )
     add = parser.add_argument
     add("--env", help="gymnasium id of an Atari game, such as Breakout-v0 (required)")
@@ -145,7 +147,7 @@ def find_device(gpu: str | None):
     if gpu is None:
         return torch.device("cuda:0" if available else "cpu")
     if not gpu.isdecimal() or int(gpu) >= available:
-        raise UserError(f"--gpu {gpu}: there are {available} CUDA devices here, from 0", 2)
+        raise UserError(f"--gpu {gpu}: give the number of one of {available} CUDA devices here", 2)
     return torch.device("cuda", int(gpu))
 
 
@@ -178,34 +180,18 @@ def complete(chosen: dict, on_cpu: bool) -> argparse.Namespace:
     return o
 
 
-def read_checkpoint(path: str) -> dict:
-    """A checkpoint of this program; UserError for anything else. No code in it runs."""
-    import torch
-
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != "batch-a3c 1":
-            raise ValueError("it is of another program")
-        return checkpoint
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}") from error
-    except Exception as error:  # whatever a damaged file makes of its reader
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is not a usable checkpoint: {reason}") from error
+def count_actions(env_id: str) -> int:
+    """The number of actions of a game; UserError if there is no such game."""
+    with contextlib.closing(make_env(env_id)) as env:
+        return int(env.action_space.n)
 
 
-def load_network(path: str, env_id: str, kind: str | None = None):
-    """The network in an .npz or a checkpoint, which must fit the game (and the kind, if given)."""
+def load_for(env_id: str, path: str, kind: str | None = None):
+    """The network in a file, which must fit the game, and be of this kind, if one is given."""
     import model
 
-    with contextlib.closing(make_env(env_id)) as env:
-        actions = int(env.action_space.n)
-    if path.endswith(".pt"):
-        saved = read_checkpoint(path)
-        network = model.Network(saved["network"], saved["num_actions"])
-        network.load_state_dict(saved["learner"]["network"])
-    else:
-        network = model.load_weights(path)
+    actions = count_actions(env_id)
+    network = model.load_network(path)
     if network.num_actions != actions:
         n = network.num_actions
         raise UserError(f"{path} is for a game with {n} actions; {env_id} has {actions}")
@@ -280,14 +266,15 @@ class Training:
         o, network = self.options, self.learner.network
         players = o.simulator_proc * o.players_per_simulator
         states = o.steps_per_epoch * o.batch_size
-        # A state waits until its segment is done, then in the queue; meanwhile others are trained on.
+        # A state waits until its segment is done, then in the queue, while others are trained on.
         lag = (players * (o.local_time_max + 3) / 2 + o.queue_size) / o.batch_size
         most = max(o.predict_batch_size, o.players_per_simulator)
+        parameters = sum(p.numel() for p in network.parameters())
         facts = {
             "run directory": self.path,
             "device": f"{self.device}, {os.cpu_count()} cores",
             "game": f"{self.env_id}, {network.num_actions} actions, seed {o.seed}",
-            "network": f"{network.kind}, {sum(p.numel() for p in network.parameters()):,} parameters",
+            "network": f"{network.kind}, {parameters:,} parameters",
             "players": f"{o.simulator_proc} processes x {o.players_per_simulator} = {players}",
             "predictors": f"{o.predictor_thread_per_gpu} threads, at most {most} states together",
             "epoch": f"{o.steps_per_epoch:,} iterations x {o.batch_size} = {states:,} states",
@@ -310,31 +297,26 @@ class Training:
 
     def write(self, name: str, save: Callable) -> None:
         """Let `save(file)` write a file of the run."""
-        with replacing(os.path.join(self.path, name)) as file:
-            save(file)
+        write_file(os.path.join(self.path, name), save)
 
     def write_json(self, name: str, content) -> None:
         """Write a JSON file of the run."""
         self.write(name, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
-    def write_weights(self, name: str) -> None:
-        """Write the network as .npz."""
-        from model import save_weights
-
-        self.write(name, lambda file: save_weights(file, self.learner.network))
-
     def save(self) -> None:
         """Write the checkpoint and the latest weights."""
         import torch
 
+        import model
+
         self.collect()
         network = self.learner.network
-        checkpoint = {"format": "batch-a3c 1", "env": self.env_id, "options": self.chosen}
+        checkpoint = {"format": model.CHECKPOINT_FORMAT, "env": self.env_id, "options": self.chosen}
         checkpoint |= {"network": network.kind, "num_actions": network.num_actions}
         checkpoint |= {"learner": self.learner.state_dict(), "rng": torch.get_rng_state()}
         checkpoint |= {"at": self.at, "stats": self.stats}
         self.write("checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        self.write_weights("model-latest.npz")
+        self.write("model-latest.npz", lambda file: model.save_weights(file, network))
         self.saved = time.monotonic()
 
     def on_signal(self, signum: int, frame) -> None:
@@ -472,6 +454,8 @@ class Training:
 
     def evaluate(self) -> dict[str, float]:
         """Score the network, within EVAL_SHARE of the time of the run, and keep the best one."""
+        from model import save_weights
+
         start = time.monotonic()
         seconds = EVAL_SHARE * (start - self.began) - self.evaluated_s
         seconds /= 1 - EVAL_SHARE  # evaluation is part of the time of the run
@@ -486,7 +470,7 @@ class Training:
         best = self.at["best_score"]
         if best is None or (not cut and result["mean"] > best):
             self.at["best_score"] = None if cut else result["mean"]
-            self.write_weights("model-best.npz")
+            self.write("model-best.npz", lambda file: save_weights(file, network))
         return {"mean_score": result["mean"], "max_score": result["max"]}
 
 
@@ -501,60 +485,63 @@ def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: 
     players = VectorPlayers(env_id, min(episodes, EVAL_PLAYERS), seed, check)
     bar = tqdm(total=episodes, desc="evaluation", disable=not sys.stderr.isatty())
 
-    def progress(done: list) -> None:
-        nonlocal logged
-        bar.update(len(done) - bar.n)
-        if bar.disable and time.monotonic() - logged > LOG_SECONDS:
-            logged = time.monotonic()
-            log(f"{len(done)} of {episodes} episodes")
-
     def policy_of(states: np.ndarray) -> np.ndarray:
         return predict(network, torch.from_numpy(states))[0]
 
     with contextlib.closing(players), bar:
         seconds -= time.monotonic() - start
-        return evaluate(players, policy_of, episodes, seed, seconds, progress)
+        for done in evaluate(players, policy_of, episodes, seed, seconds):
+            bar.update(len(done) - bar.n)
+            if bar.disable and time.monotonic() - logged > LOG_SECONDS:
+                logged = time.monotonic()
+                log(f"{len(done)} of {episodes} episodes")
+    return done
 
 
 def task_train(given: dict) -> None:
     """--task train."""
     import torch
 
-    from model import Network
+    import model
 
     load, output = given.pop("load", None), given.pop("output", None)
     device = find_device(given.pop("gpu", None))
-    saved = read_checkpoint(load) if load and load.endswith(".pt") else {}
+    saved = model.load_checkpoint(load) if load and load.endswith(".pt") else {}
     env_id = given.pop("env", saved.get("env"))
     if saved and env_id != saved["env"]:
         raise UserError(f"{load} is a run of {saved['env']}, not of {env_id}", 2)
-    given = {"seed": int.from_bytes(os.urandom(4), "little")} | saved.get("options", {}) | given
-    complete(given, device.type == "cpu")
-    torch.manual_seed(given["seed"])
+    chosen = {"seed": random_seed()} | saved.get("options", {}) | given
+    torch.manual_seed(chosen["seed"])
+    kind = given.get("network")
     if load:
-        network = load_network(load, env_id, given.get("network"))
+        network = load_for(env_id, load, kind)
     else:
-        with contextlib.closing(make_env(env_id)) as env:
-            network = Network(given.get("network", "ba3c"), int(env.action_space.n))
-    given["network"] = network.kind
+        network = model.Network(kind or "ba3c", count_actions(env_id))
+    chosen["network"] = network.kind
     path = os.path.join("train_log", "train-atari-" + re.sub(r"[^\w.-]", "-", env_id))
     if saved:
-        saved |= {"file": load, "path": os.path.abspath(os.path.dirname(load))}
-        path = saved["path"]
-    Training(env_id, given, network, device, os.path.abspath(output or path), saved).run()
+        saved["file"], path = load, os.path.dirname(load)
+        saved["path"] = os.path.abspath(path)
+    Training(env_id, chosen, network, device, os.path.abspath(output or path), saved).run()
 
 
 def task_eval(given: dict) -> None:
     """--task eval."""
+    import model
+
     if "load" not in given:
         raise UserError("--task eval needs --load FILE", 2)
-    env_id = given.get("env") or read_checkpoint(given["load"])["env"]
-    network = load_network(given["load"], env_id).to(find_device(given.get("gpu")))
-    seed = given.get("seed", int.from_bytes(os.urandom(4), "little"))
-    start = time.monotonic()
+    env_id = given.get("env") or model.load_checkpoint(given["load"])["env"]
+    network = load_for(env_id, given["load"]).to(find_device(given.get("gpu")))
+    start, seed = time.monotonic(), given.get("seed", random_seed())
     episodes = score(env_id, network, given["episode"], seed, log=print)
     result = summary(episodes) | {"seconds": round(time.monotonic() - start, 1)}
     print(tabulate(result.items()))
+
+
+def random_seed() -> int:
+    """A seed for those who give none."""
+    return int.from_bytes(os.urandom(4), "little")
 
 
 TASKS = {"train": task_train, "eval": task_eval}

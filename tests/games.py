@@ -5,7 +5,7 @@ import numpy as np
 
 
 class Catch(gymnasium.Env):
-    """Five balls fall, one after the other; a paddle at the bottom catches (+1) or misses (-1) them.
+    """Five balls fall, one after the other; a paddle catches (+1) or misses (-1) them.
 
     A perfect player scores 5, a random one about -3.
     """
@@ -13,17 +13,13 @@ class Catch(gymnasium.Env):
     ROWS, COLUMNS, BALLS, CELL = 7, 6, 5, 14
     observation_space = gymnasium.spaces.Box(0, 255, (ROWS * CELL, COLUMNS * CELL, 3), np.uint8)
     action_space = gymnasium.spaces.Discrete(3)  # left, stay, right
-    metadata = {"render_modes": ["rgb_array"]}
-
-    def __init__(self, render_mode=None):
-        self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.balls = 0
         self.paddle = int(self.np_random.integers(self.COLUMNS))
         self.drop()
-        return self.render(), {}
+        return self.draw(), {}
 
     def drop(self):
         self.row, self.column = 0, int(self.np_random.integers(self.COLUMNS))
@@ -36,9 +32,9 @@ class Catch(gymnasium.Env):
             reward = 1.0 if self.paddle == self.column else -1.0
             self.balls += 1
             self.drop()
-        return self.render(), reward, self.balls == self.BALLS, False, {}
+        return self.draw(), reward, self.balls == self.BALLS, False, {}
 
-    def render(self):
+    def draw(self):
         cells = np.zeros((self.ROWS, self.COLUMNS, 3), np.uint8)
         cells[self.ROWS - 1, self.paddle] = (0, 200, 0)
         cells[self.row, self.column] = (255, 255, 255)
@@ -54,5 +50,38 @@ class Crash(Catch):
         return super().step(action)
 
 
-for game in (Catch, Crash):
+class Count(gymnasium.Env):
+    """Frames carry what they belong to: game, episode, step and last action; so do rewards.
+
+    Episodes last 2 to 9 steps. reward(step, action) is known, so that a reward or a state in the
+    wrong place shows. Pixel (0, 0) of a frame is (game, episode % 250, 10 * step + last action).
+    """
+
+    observation_space = gymnasium.spaces.Box(0, 255, (84, 84, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(4)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.game, self.episode = seed % 251, 0
+        self.episode += 1
+        self.steps, self.last = 0, 0
+        self.end = 2 + int(self.np_random.integers(8))
+        return self.draw(), {}
+
+    def step(self, action):
+        reward = self.reward(self.steps, int(action))
+        self.steps, self.last = self.steps + 1, int(action)
+        return self.draw(), reward, self.steps == self.end, False, {}
+
+    def draw(self):
+        pixel = (self.game, self.episode % 250, 10 * self.steps + self.last)
+        return np.broadcast_to(np.array(pixel, np.uint8), (84, 84, 3)).copy()
+
+    @staticmethod
+    def reward(step, action):
+        return ((3 * step + action) % 7 - 3) / 4
+
+
+for game in (Catch, Crash, Count):
     gymnasium.register(f"{game.__name__}-v0", game)

@@ -1,0 +1,198 @@
+"""Players against the rules of the game, and scoring."""
+
+import subprocess
+import sys
+
+import cv2
+import gymnasium
+import numpy as np
+import pytest
+
+import common
+from common import Episode, Player, UserError, evaluate, make_env, stack_frame, summary
+
+
+class Script(gymnasium.Env):
+    """A game that records its actions; ends after the steps in `ends`, over all episodes."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (210, 160, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(4)
+
+    def __init__(self, meanings=("NOOP", "FIRE", "RIGHT", "LEFT"), ends=()):
+        self.meanings, self.ends, self.calls, self.steps = meanings, ends, [], 0
+
+    def get_action_meanings(self):
+        return list(self.meanings)
+
+    def reset(self, *, seed=None, options=None):
+        self.calls.append("reset")
+        return self.frame(), {}
+
+    def step(self, action):
+        self.calls.append(int(action))
+        self.steps += 1
+        return self.frame(), 2.5, self.steps in self.ends, False, {"lives": 3}
+
+    def frame(self):
+        return np.full((210, 160, 3), 10 * len(self.calls) % 250, np.uint8)
+
+
+def test_fire_on_reset():
+    env = Script()
+    player = Player(env)
+    frame = player.reset()
+    assert env.calls == ["reset", 1, 2]
+    assert frame[0, 0, 0] == 30 and frame.shape == (84, 84, 3)
+    assert (player.score, player.length) == (0, 0)  # what firing earned is dropped
+    player.step(3)
+    assert (player.score, player.length) == (2.5, 1)
+
+
+def test_fire_on_reset_where_it_ends_the_episode():
+    env = Script(ends=(1,))
+    Player(env).reset()
+    assert env.calls == ["reset", 1, "reset", 2]
+    env = Script(ends=(2,))
+    frame = Player(env).reset()
+    assert env.calls == ["reset", 1, 2, "reset"]
+    assert frame[0, 0, 0] == 40
+
+
+def test_no_fire_on_reset_without_a_fire_action():
+    env = Script(meanings=("NOOP", "UPFIRE", "RIGHTFIRE"))
+    Player(env).reset()
+    assert env.calls == ["reset"]
+
+
+def test_step_limit_ends_the_episode_and_lost_lives_do_not():
+    player = Player(Script())
+    for _ in range(2):
+        player.reset()
+        overs = [player.step(0)[2] for _ in range(common.MAX_EPISODE_STEPS)]
+        assert overs.index(True) == 9_999 and len(overs) == 10_000
+        assert (player.score, player.length) == (25_000, 10_000)
+
+
+@pytest.mark.parametrize(
+    "env_id, fires, height",
+    [("Breakout-v0", True, 210), ("Asterix-v0", False, 210), ("Carnival-v0", True, 214)],
+)
+def test_real_games(env_id, fires, height):
+    env = make_env(env_id)
+    assert env.observation_space.shape == (height, 160, 3)
+    reference = gymnasium.make(env_id, disable_env_checker=True)
+    player = Player(env)
+    assert player.fires_on_reset == fires == ("FIRE" in env.unwrapped.get_action_meanings())
+    first = player.reset(seed=3)
+    expected, _ = reference.reset(seed=3)
+    for action in (1, 2) if fires else ():
+        expected = reference.step(action)[0]
+    np.testing.assert_array_equal(first, cv2.resize(expected, (84, 84)))
+    rng, lives = np.random.default_rng(0), set()
+    for _ in range(300):
+        action = int(rng.integers(player.num_actions))
+        frame, reward, is_over = player.step(action)
+        expected, expected_reward, terminated, truncated, info = reference.step(action)
+        lives.add(info["lives"])
+        np.testing.assert_array_equal(frame, cv2.resize(expected, (84, 84)))
+        assert (reward, is_over) == (expected_reward, terminated or truncated)
+        if is_over:
+            break
+    if env_id == "Breakout-v0":
+        assert len(lives) > 1  # a life was lost, and the episode went on
+
+
+def test_breakout_is_the_stochastic_v0():
+    env = make_env("Breakout-v0").unwrapped
+    assert env.ale.getFloat("repeat_action_probability") == 0.25
+    assert gymnasium.spec("Breakout-v0").kwargs["frameskip"] == (2, 5)  # 2 to 4
+
+
+def test_stack():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(1, 256, (6, 84, 84, 3), dtype=np.uint8)
+    states = np.empty((6, 84, 84, 12), np.uint8)
+    for i, frame in enumerate(frames):
+        stack_frame(states[i - 1] if i else None, frame, states[i])
+    for i in range(6):
+        history = [frames[j] if j >= 0 else np.zeros((84, 84, 3)) for j in range(i - 3, i + 1)]
+        np.testing.assert_array_equal(states[i], np.concatenate(history, axis=2))
+
+
+class Scripted:
+    """Side by side: episode k of player i lasts `length(i, k)` steps and earns 1 in each."""
+
+    def __init__(self, num_players, length):
+        self.num_players, self.length = num_players, length
+
+    def step(self, actions):
+        n = self.num_players
+        if actions is None:
+            self.episode, self.steps = np.zeros((2, n), int)
+            return np.zeros((n, 84, 84, 3), np.uint8), np.zeros(n), np.zeros(n, bool)
+        self.steps += 1
+        over = np.array([self.steps[i] == self.length(i, self.episode[i]) for i in range(n)])
+        self.episode += over
+        self.steps[over] = 0
+        return np.zeros((n, 84, 84, 3), np.uint8), np.ones(n), over
+
+
+def uniform(states):
+    return np.full((len(states), 4), 0.25)
+
+
+def test_every_episode_that_starts_counts():
+    """One player plays long episodes, the other short ones: the long one must not be dropped."""
+    players = Scripted(2, lambda player, episode: 40 if player == 0 else 4)
+    *_, done = evaluate(players, uniform, episodes=5, seed=0, seconds=1e9)
+    assert sorted(done) == [Episode(4, 4, True)] * 4 + [Episode(40, 40, True)]
+    assert summary(done)["mean"] == pytest.approx((4 * 4 + 40) / 5)
+    assert summary(done)["episodes"] == 5
+
+
+def test_when_the_time_is_over_episodes_are_cut_short():
+    players = Scripted(3, lambda player, episode: 10**9)
+    *_, done = evaluate(players, uniform, episodes=30, seed=0, seconds=0.2)
+    assert len(done) == 3 and not any(episode.finished for episode in done)
+    assert all(episode.score == episode.length > 0 for episode in done)
+
+
+def test_actions_are_greedy_but_for_one_in_a_hundred():
+    policy = np.tile([0.1, 0.2, 0.6, 0.1], (100_000, 1))
+    actions = common.greedy_actions(policy, np.random.default_rng(0))
+    others = np.bincount(actions, minlength=4)[[0, 1, 3]]
+    np.testing.assert_allclose(others, 250, atol=5 * np.sqrt(250))
+
+
+def test_unknown_game_gets_the_nearest_names():
+    with pytest.raises(UserError, match=r"no game beemridr-v0.*BeamRider-v0") as caught:
+        make_env("beemridr-v0")
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Breakout-ram-v0", "no.such.module:Game-v0"])
+def test_what_is_no_rgb_game_is_refused(env_id):
+    with pytest.raises(UserError, match=env_id):
+        make_env(env_id)
+
+
+def test_a_player_is_silent():
+    code = "from common import *; p = Player(make_env('Pong-v0')); p.reset(seed=1); p.step(0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout + done.stderr == b""
+
+
+def test_a_file_is_replaced_only_by_a_whole_one(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half of the n")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        common.write_file(str(path), fail)
+    assert path.read_bytes() == b"old"
+    common.write_file(str(path), lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -1,0 +1,254 @@
+"""The queue, prediction, and the whole way of a state through real processes and threads."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from model import Learner, Network
+from predictor import ExperienceQueue, Feed, predict, sample_actions
+from simulator import Segment
+from tests.games import Count
+
+
+def segment(*numbers):
+    states = [np.full((84, 84, 12), number, np.uint8) for number in numbers]
+    values = np.array(numbers)
+    return Segment(states, values, values / 100, values * 2.0, values + 1000)
+
+
+def test_queue_keeps_order_and_cuts_batches():
+    queue = ExperienceQueue(batch_size=4, size=8)
+    numbers = iter(range(1, 200))
+    seen = []
+    for _ in range(20):  # around the ring several times, segments across batches
+        for length in (3, 1):
+            assert queue.put(segment(*(next(numbers) for _ in range(length))))
+        batch, versions = queue.get(timeout=1)
+        seen += batch.actions.tolist()
+        np.testing.assert_array_equal(batch.states[:, 3, 3, 7].numpy(), batch.actions.numpy())
+        np.testing.assert_allclose(batch.action_probs.numpy(), batch.actions.numpy() / 100)
+        np.testing.assert_allclose(batch.future_rewards.numpy(), batch.actions.numpy() * 2)
+        np.testing.assert_array_equal(versions, batch.actions.numpy() + 1000)
+    assert seen == list(range(1, 81))
+
+
+def test_queue_holds_producers_back_and_lets_them_go():
+    queue = ExperienceQueue(batch_size=4, size=4)
+    count = 0
+
+    def produce():
+        nonlocal count
+        while queue.put(segment(1, 2, 3)):
+            count += 1
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    time.sleep(0.3)
+    assert (count, len(queue)) == (2, 6)  # a segment comes in whole while less than `size` wait
+    assert queue.get(timeout=1) is not None
+    time.sleep(0.3)
+    assert (count, len(queue)) == (3, 5)
+    assert queue.get(timeout=1) is not None
+    queue.close()
+    producer.join(timeout=5)
+    assert not producer.is_alive()
+    assert queue.get(timeout=1) is None
+
+
+def test_the_batch_in_training_is_not_overwritten():
+    queue = ExperienceQueue(batch_size=4, size=6)
+    queue.put(segment(1, 2, 3, 4))
+    batch, _ = queue.get(timeout=1)
+    for start in (10, 20, 30):
+        if len(queue) < queue.size:
+            queue.put(segment(*range(start, start + 4)))
+    assert len(queue) == 8  # as full as it can be
+    assert batch.states[:, 0, 0, 0].tolist() == batch.actions.tolist() == [1, 2, 3, 4]
+
+
+def test_get_waits_no_longer_than_it_should():
+    queue = ExperienceQueue(batch_size=4, size=4)
+    queue.put(segment(1, 2, 3))
+    assert queue.get(timeout=0.05) is None
+    assert len(queue) == 3
+
+
+def test_sampled_actions_follow_the_policy():
+    policy = np.array([0.5, 0.0, 0.2, 0.3], np.float32)
+    actions = sample_actions(np.tile(policy, (100_000, 1)), np.random.default_rng(0))
+    frequency = np.bincount(actions, minlength=4) / 100_000
+    np.testing.assert_allclose(frequency, policy, atol=0.01)
+    assert frequency[1] == 0
+    certain = np.eye(18, dtype=np.float32)
+    assert sample_actions(certain, np.random.default_rng(0)).tolist() == list(range(18))
+
+
+def test_prediction():
+    network = Network("a3c", 5)
+    states = torch.randint(0, 256, (3, 84, 84, 12), dtype=torch.uint8)
+    policy, value = predict(network, states)
+    logits, expected = network(states)
+    np.testing.assert_allclose(policy, logits.softmax(1).detach().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(value, expected.detach().numpy(), rtol=1e-5)
+    with torch.no_grad():
+        network.fc_v.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        predict(network, states)
+
+
+def options(**changes):
+    values = {"batch_size": 32, "queue_size": 32, "local_time_max": 5, "gamma": 0.5}
+    values |= {"simulator_proc": 4, "players_per_simulator": 3, "predict_batch_size": 8}
+    return SimpleNamespace(**(values | {"predictor_thread_per_gpu": 2} | changes))
+
+
+def make_feed(network, **changes):
+    learner = Learner(network, torch.device("cpu"), adam_epsilon=1e-3, threads=1)
+    seeds = np.random.SeedSequence(1)
+    return Feed("tests.games:Count-v0", options(**changes), learner, seeds)
+
+
+def watch(feed):
+    """Record the segments that go into the queue, as (player frames, actions, ...) lists."""
+    segments, put = [], feed.queue.put
+
+    def record(segment):
+        copies = [state.copy() for state in segment.states]
+        segments.append(Segment(copies, *vars_of(segment)))
+        return put(segment)
+
+    feed.queue.put = record
+    return segments
+
+
+def vars_of(segment):
+    return segment.actions, segment.action_probs, segment.future_rewards, segment.versions
+
+
+def drain(feed, states):
+    deadline, got = time.monotonic() + 60, 0
+    while got < states and time.monotonic() < deadline:
+        feed.check()
+        got += feed.queue.batch_size if feed.queue.get(timeout=0.2) is not None else 0
+    assert got >= states
+
+
+def test_states_actions_rewards_and_players_stay_together():
+    """With a game whose frames say what they are: every transition is checked on its own."""
+    torch.manual_seed(0)
+    network = Network("a3c", 4)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+        network.fc_v.bias.fill_(0.25)  # every state is worth 1/4, so every return is known
+    feed = make_feed(network)
+    segments = watch(feed)
+    try:
+        drain(feed, 6000)
+    finally:
+        feed.close()
+    games, checked = set(), 0
+    episodes_of = {}
+    for s in segments:
+        following = None
+        for i, (state, action) in enumerate(zip(s.states, s.actions, strict=True)):
+            game, episode, code = (int(x) for x in state[0, 0, 9:])
+            step = code // 10
+            # The stack: frames of this very episode, zeros before its start.
+            for back in range(1, 4):
+                past = state[50, 50, 9 - 3 * back : 12 - 3 * back].tolist()
+                if step >= back:
+                    assert past[:2] == [game, episode] and past[2] // 10 == step - back
+                else:
+                    assert past == [0, 0, 0]
+            reward = Count.reward(step, int(action))
+            if following is None:
+                ends = [reward, reward + 0.5 * 0.25]  # the episode's end, or the value 1/4
+                assert min(abs(s.future_rewards[i] - end) for end in ends) < 1e-6
+            else:
+                # The next frame carries the action that led to it, and it is the action trained on.
+                assert following == (game, episode, step + 1, int(action))
+                expected = reward + 0.5 * s.future_rewards[i - 1]
+                assert s.future_rewards[i] == pytest.approx(expected, abs=1e-6)
+            assert s.action_probs[i] == pytest.approx(0.25)
+            following = (game, episode, step, code % 10)
+            games.add(game)
+            episodes_of.setdefault(game, set()).add(episode)
+            checked += 1
+    assert len(games) == 12 and checked >= 6000
+    assert all(len(episodes) > 20 for episodes in episodes_of.values())
+
+
+def test_a_prediction_uses_one_version_and_says_which():
+    """Value and all logits are the version number: whatever is torn or mislabelled shows."""
+    network = Network("a3c", 4)
+
+    def set_version(version):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.zero_()
+            network.fc_v.bias.fill_(version)
+            network.fc_pi.bias.copy_(torch.tensor([0.0, 0.0, 0.0, version / 100]))
+
+    set_version(0)
+    feed = make_feed(network)
+    segments = watch(feed)
+    seen = []
+    for predictor in feed.predictors:
+        decide = predictor.books.decide
+
+        def record(players, actions, probs, values, version, decide=decide):
+            seen.append((set(np.asarray(values).tolist()), version))
+            decide(players, actions, probs, values, version)
+
+        predictor.books.decide = record
+    try:
+        deadline, version = time.monotonic() + 4, 0
+        while time.monotonic() < deadline:
+            version += 1
+            set_version(version)
+            feed.publish(network, version)
+            feed.queue.get(timeout=0.001)
+            feed.check()
+    finally:
+        feed.close()
+    assert version > 100 and len(seen) > 100
+    assert all(values == {float(version)} for values, version in seen)
+    for s in segments:
+        favourite = np.exp(s.versions / 100)
+        prob = np.where(s.actions == 3, favourite, 1) / (3 + favourite)
+        np.testing.assert_allclose(s.action_probs, prob, rtol=1e-4)
+
+
+def test_what_breaks_a_predictor_reaches_the_trainer():
+    network = Network("a3c", 4)
+    with torch.no_grad():
+        network.fc_pi.bias.fill_(float("inf"))
+    feed = make_feed(network)
+    try:
+        with pytest.raises(FloatingPointError):
+            drain(feed, 10_000)
+    finally:
+        feed.close()
+
+
+def test_lag_stays_bounded_when_the_trainer_is_slow():
+    network = Network("a3c", 4)
+    feed = make_feed(network)
+    lags, version = [], 0
+    try:
+        while version < 40:
+            got = feed.queue.get(timeout=10)
+            assert got is not None
+            lags.append(version - got[1].mean())
+            time.sleep(0.05)
+            version += 1
+            feed.publish(network, version)
+    finally:
+        feed.close()
+    # 12 players x 4 steps of a segment / 32 + 32 / 32 waiting; the first ones come from version 0.
+    assert 0.5 < np.mean(lags[10:]) <= 3

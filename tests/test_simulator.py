@@ -1,0 +1,238 @@
+"""The books against the original's, messages, and simulator processes."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import zmq
+
+from common import UserError
+from simulator import FRAME_BYTES, Books, Fleet, Master, Message, VectorPlayers
+
+NSTEP = json.loads((Path(__file__).parent / "golden" / "nstep.json").read_text())
+
+
+def message(player, frame, reward=0.0, is_over=False):
+    frames = np.full((1, 84, 84, 3), frame, np.uint8)
+    rewards, is_over = np.array([reward], float), np.array([is_over])
+    return Message(b"", slice(player, player + 1), frames, rewards, is_over, [])
+
+
+def test_books_replay_the_originals_master():
+    """Every event of a scripted run: what it emits, in which order, with which return."""
+    books = Books(2, NSTEP["local_time_max"], NSTEP["gamma"])
+    emitted = 0
+    for number, event in enumerate(NSTEP["events"]):
+        player, state = int(event["client"][-1]), str(event["state"])
+        segments = books.observe(message(player, event["state"], event["reward"], event["isOver"]))
+        actual = []
+        for segment in segments:
+            columns = (segment.actions, segment.action_probs, segment.future_rewards)
+            for view, action, prob, future_reward in zip(segment.states, *columns, strict=True):
+                actual.append((view[5, 5, 9], action, prob, future_reward))
+            # The versions given below: number of the event in which the state arrived.
+            ages = [NSTEP["events"][version]["state"] for version in segment.versions]
+            assert ages == [view[0, 0, 11] for view in segment.states]
+        expected = [(e["state"], e["action"], e["prob"], e["R"]) for e in event["emitted"]]
+        assert len(actual) == len(expected)
+        if expected:
+            np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-9)
+        emitted += len(expected)
+        action, policy = NSTEP["action"][state], NSTEP["policy"][state]
+        place, value = slice(player, player + 1), NSTEP["value"][state]
+        books.decide(place, [action], [policy[action]], [value], version=number)
+        assert books.count[player] == event["memory_len_after"]
+    assert emitted == len(NSTEP["emitted_all"]) > 30
+
+
+def test_books_stack_frames_of_one_episode_only():
+    books = Books(1, 5, 0.99)
+
+    def observe(frame, is_over=False):
+        books.observe(message(0, frame, is_over=is_over))
+        books.decide(slice(0, 1), [0], [1.0], [0.0], 0)
+        return books.newest_states(slice(0, 1))[0][40, 40, ::3].tolist()
+
+    assert observe(1, is_over=True) == [0, 0, 0, 1]  # is_over of a first message is ignored
+    assert [observe(frame) for frame in (2, 3)] == [[0, 0, 1, 2], [0, 1, 2, 3]]
+    assert [observe(frame) for frame in (4, 5)] == [[1, 2, 3, 4], [2, 3, 4, 5]]
+    assert observe(6, is_over=True) == [0, 0, 0, 6]
+    assert observe(7) == [0, 0, 6, 7]
+
+
+@pytest.fixture
+def master(tmp_path):
+    context = zmq.Context()
+    master = Master(context, f"ipc://{tmp_path}/0", {0: 2, 3: 1})
+    yield master
+    master.socket.close()
+    context.term()
+
+
+def header(rewards=(0.0, 1.0), is_over=(False, True), finished=((3.0, 10),)):
+    return msgpack.packb([rewards, is_over, finished])
+
+
+def test_a_good_message(master):
+    frames = np.random.default_rng(0).integers(256, size=(2, 84, 84, 3), dtype=np.uint8)
+    parsed = master.parse([b"simulator-0", header(), frames.tobytes()])
+    assert parsed.players == slice(0, 2) and parsed.finished == [(3.0, 10)]
+    assert parsed.rewards.tolist() == [0, 1] and parsed.is_over.tolist() == [False, True]
+    np.testing.assert_array_equal(parsed.frames, frames)
+    one = master.parse([b"simulator-3", header([0.0], [False], []), bytes(FRAME_BYTES)])
+    assert one.players == slice(2, 3)
+
+
+PIXELS = bytes(2 * FRAME_BYTES)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b"simulator-0"],
+        [b"simulator-0", header()],
+        [b"simulator-0", header(), PIXELS, b""],
+        [b"simulator-1", header(), PIXELS],
+        [b"", header(), PIXELS],
+        [b"simulator-0", b"", PIXELS],
+        [b"simulator-0", b"\xc1garbage", PIXELS],
+        [b"simulator-0", header() + b"x", PIXELS],
+        [b"simulator-0", msgpack.packb(None), PIXELS],
+        [b"simulator-0", msgpack.packb([1, 2, 3]), PIXELS],
+        [b"simulator-0", msgpack.packb({"a": 1, "b": 2, "c": 3}), PIXELS],
+        [b"simulator-0", header(rewards=[0.0]), PIXELS],
+        [b"simulator-0", header(rewards=[0.0, "x"]), PIXELS],
+        [b"simulator-0", header(rewards=[0.0, float("nan")]), PIXELS],
+        [b"simulator-0", header(rewards=[[0.0], [0.0, 1.0]]), PIXELS],
+        [b"simulator-0", header(finished=[]), PIXELS],
+        [b"simulator-0", header(finished=[[1.0]]), PIXELS],
+        [b"simulator-0", header(), PIXELS[1:]],
+        [b"simulator-0", header(), PIXELS + b"x"],
+    ],
+)
+def test_bad_messages_are_dropped(master, parts):
+    assert master.parse(parts) is None
+    assert not master.connected
+
+
+def test_bad_messages_on_the_socket_are_counted_and_change_nothing(master, tmp_path):
+    context = zmq.Context()
+    sockets = []
+    for identity in (b"simulator-0", b"intruder"):
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, identity)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(f"ipc://{tmp_path}/0")
+        sockets.append(socket)
+    sockets[1].send(b"garbage")
+    sockets[1].send_multipart([header(), PIXELS])
+    sockets[0].send_multipart([b"garbage", PIXELS])
+    sockets[0].send_multipart([header(), PIXELS])
+    received = []
+    deadline = time.monotonic() + 10
+    while (not received or master.dropped < 3) and time.monotonic() < deadline:
+        received += master.receive(most=100, timeout_ms=100)
+    assert [message.identity for message in received] == [b"simulator-0"]
+    assert master.dropped == 3
+    master.reply(received[0], np.array([1, 3]))
+    assert msgpack.unpackb(sockets[0].recv()) == [1, 3]
+    for socket in sockets:
+        socket.close()
+    context.term()
+
+
+def test_simulators_never_import_torch():
+    code = "import simulator, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def alive(process):
+    return process.poll() is None
+
+
+def test_fleet_is_private_and_leaves_nothing():
+    fleet = Fleet("tests.games:Catch-v0", [2, 1, 1], groups=2, seed=0)
+    directory = Path(fleet.directory)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    try:
+        deadline = time.monotonic() + 20
+        messages = []
+        while len(messages) < 3 and time.monotonic() < deadline:
+            for master in fleet.masters:
+                messages += master.receive(10, timeout_ms=50)
+        assert sorted(m.identity for m in messages) == [b"simulator-%d" % i for i in range(3)]
+        assert {len(m.frames) for m in messages if m.identity == b"simulator-0"} == {2}
+        # Only new frames cross the process boundary.
+        assert all(m.frames.nbytes == len(m.rewards) * 84 * 84 * 3 for m in messages)
+        assert fleet.connected == 3
+        fleet.check()
+        names = [Path(f"/proc/{p.pid}/maps").read_text() for p in fleet.processes]
+        assert not any("torch" in maps for maps in names)
+    finally:
+        fleet.close()
+    assert not directory.exists()
+    assert not any(alive(process) for process in fleet.processes)
+
+
+def test_simulators_end_when_their_parent_is_killed():
+    code = "import simulator, time; f = simulator.Fleet('tests.games:Catch-v0', [1, 1], 1, 0);"
+    code += "f.masters[0].receive(1, 10000);"
+    code += "print(f.directory, *(p.pid for p in f.processes), flush=True); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    directory, *pids = parent.stdout.readline().split()
+    assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 3
+    while any(running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(running(pid) for pid in pids)
+    for path in Path(directory).iterdir():
+        path.unlink()
+    Path(directory).rmdir()
+
+
+def running(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def test_a_simulator_that_breaks_says_why():
+    players = VectorPlayers("tests.games:Crash-v0", 1, seed=0, check=lambda: None)
+    try:
+        with pytest.raises(UserError, match=r"simulator 0 ended with code 1.*the game broke"):
+            for actions in (None, *[np.array([1])] * 100):
+                players.step(actions)
+    finally:
+        players.close()
+
+
+def test_players_that_step_together_repeat_themselves():
+    def play():
+        players = VectorPlayers("Breakout-v0", 3, seed=5, check=lambda: None)
+        try:
+            steps = [players.step(None)]
+            rng = np.random.default_rng(1)
+            steps += [players.step(rng.integers(4, size=3)) for _ in range(150)]
+        finally:
+            players.close()
+        return [
+            np.concatenate([np.ravel(part) for part in column])
+            for column in zip(*steps, strict=True)
+        ]
+
+    first, second = play(), play()
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+    frames = first[0].reshape(151, 3, -1)
+    assert not np.array_equal(frames[:, 0], frames[:, 1])  # each player has a seed of its own
