@@ -45,7 +45,6 @@ SIMULATOR_PROC = 50
 PREDICT_BATCH_SIZE = 15
 PREDICTOR_THREAD_PER_GPU = 3
 CPU_PLAYERS = 32  # in all: on a CPU few processes with several players each cost least
-QUEUE_SIZE = 128  # states that may wait for the trainer
 # What a run does beside.
 EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 EVAL_PLAYERS = 16  # side by side
@@ -106,7 +105,7 @@ SPEED = (
     ("players_per_simulator", count, None, f"1; on a CPU, so many that all are {CPU_PLAYERS}"),
     ("predict_batch_size", count, PREDICT_BATCH_SIZE, "most states in one prediction"),
     ("predictor_thread_per_gpu", count, None, f"{PREDICTOR_THREAD_PER_GPU}; CPU: 1 per core"),
-    ("queue_size", count, QUEUE_SIZE, "states that may wait for the trainer"),
+    ("queue_size", count, None, "states that may wait for the trainer; default: a batch"),
 )
 
 
@@ -164,8 +163,7 @@ def complete(chosen: dict, on_cpu: bool) -> argparse.Namespace:
     o.predictor_thread_per_gpu = o.predictor_thread_per_gpu or threads
     if "predict_batch_size" not in chosen:
         o.predict_batch_size = min(o.predict_batch_size, players)
-    if "queue_size" not in chosen:
-        o.queue_size = max(o.queue_size, o.batch_size)
+    o.queue_size = o.queue_size or o.batch_size
 
     def refuse(wrong: bool, sentence: str) -> None:
         if wrong:

@@ -1,0 +1,285 @@
+"""The program as its users run it, with tiny numbers."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from model import load_checkpoint, load_weights
+from train_atari import complete, scheduled
+
+ROOT = Path(__file__).parent.parent
+CATCH = ("--env", "tests.games:Catch-v0", "--network", "a3c")
+TINY = ("--batch-size", "16", "--steps-per-epoch", "10", "--eval-episode", "2")
+METRICS = {
+    *("mean_score", "max_score", "policy_loss", "xentropy_loss", "value_loss", "predict_reward"),
+    *("rms_advantage", "cost", "importance", "learning_rate", "entropy_beta", "policy_lag"),
+    *("policy_lag_max", "it_per_s", "states_per_s", "queue_size", "train_score", "grad_norm"),
+}
+
+
+def command(*args):
+    return [sys.executable, str(ROOT / "train_atari.py"), *map(str, args)]
+
+
+def run(*args, cwd=ROOT, **kwargs):
+    done = subprocess.run(
+        command(*args), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that learned to catch: its directory and what it printed."""
+    path = tmp_path_factory.mktemp("catch") / "run"
+    learning = ("--adam-epsilon", "1e-5", "--entropy-beta", "0.01,2:0.005", "--seed", "1")
+    size = ("--batch-size", "64", "--steps-per-epoch", "300", "--max-epoch", "2")
+    size += ("--simulator-proc", "2", "--players-per-simulator", "8")
+    done = run(*CATCH, *learning, *size, "--eval-episode", "30", "--output", path)
+    assert done.returncode == 0, done.stderr
+    return path, done.stdout
+
+
+def test_it_learns(trained):
+    """A wrong sign, a lost reward or a mixed-up state would show here. Best is 5, random -3."""
+    stats = json.loads((trained[0] / "stats.json").read_text())
+    assert stats[-1]["mean_score"] >= 4
+    assert stats[-1]["train_score"] >= 4
+
+
+def test_what_a_run_leaves(trained):
+    path, output = trained
+    names = {p.name for p in path.iterdir()}
+    assert {"log.log", "stats.json", "config.json", "checkpoint.pt"} <= names
+    assert {"model-latest.npz", "model-best.npz"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+    stats = json.loads((path / "stats.json").read_text())
+    assert [epoch["epoch_num"] for epoch in stats] == [1, 2]
+    assert [epoch["global_step"] for epoch in stats] == [300, 600]
+    for epoch in stats:
+        assert set(epoch) == METRICS | {"epoch_num", "global_step"}
+        assert 0 < epoch["policy_lag"] <= 3 and epoch["policy_lag_max"] >= epoch["policy_lag"]
+    assert [epoch["entropy_beta"] for epoch in stats] == [0.01, 0.005]
+    assert stats[0]["mean_score"] is None and stats[1]["max_score"] == 5
+    config = json.loads((path / "config.json").read_text())
+    assert config["env"] == "tests.games:Catch-v0" and config["seed"] == 1
+    assert config["versions"]["torch"] == torch.__version__
+    events = EventAccumulator(str(path)).Reload()
+    assert set(events.Tags()["scalars"]) == METRICS
+    assert events.Scalars("mean_score")[-1].step == 600
+    log = (path / "log.log").read_text()
+    for text in ("3 actions", "685,364 parameters", "2 processes x 8 = 16", "19,200 states"):
+        assert text in output and text in log
+    assert re.search(r"epoch 1 \d+/300: .* it/s, .* states/s, score .*, queue .*/64, lag", log)
+    assert load_weights(str(path / "model-best.npz")).num_actions == 3
+
+
+def test_eval_repeats_itself_and_takes_both_kinds_of_files(trained):
+    args = ("--task", "eval", "--env", "tests.games:Catch-v0", "--episode", 20, "--seed", 4)
+    results = []
+    for name in ("model-latest.npz", "model-latest.npz", "checkpoint.pt"):
+        done = run(*args, "--load", trained[0] / name)
+        assert done.returncode == 0, done.stderr
+        table = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2)
+        table = {k: float(v) for k, v in table.items() if re.match(r"\w", k)}
+        del table["seconds"]
+        results.append(table)
+    assert results[0] == results[1] == results[2]
+    assert results[0]["mean"] >= 4 and results[0]["episodes"] == 20
+    assert results[0]["mean_length"] == 30 and results[0]["max"] == 5
+
+
+def test_a_run_is_never_overwritten(trained):
+    path, _ = trained
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    done = run(*CATCH, "--output", path)
+    assert done.returncode == 2
+    assert "holds a run" in done.stderr and "checkpoint.pt" in done.stderr
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+def test_resume(tmp_path):
+    path = tmp_path / "run"
+    first = run(*CATCH, *TINY, "--max-epoch", 2, "--output", path)
+    assert first.returncode == 0, first.stderr
+    saved = load_checkpoint(str(path / "checkpoint.pt"))
+    assert saved["at"]["global_step"] == saved["learner"]["updates"] == 20
+    resumed = run("--load", path / "checkpoint.pt", "--max-epoch", 3)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "restored" in resumed.stdout and "iteration 20" in resumed.stdout
+    stats = json.loads((path / "stats.json").read_text())
+    assert [epoch["epoch_num"] for epoch in stats] == [1, 2, 3]
+    assert [epoch["global_step"] for epoch in stats] == [10, 20, 30]
+    assert stats[:2] == saved["stats"]
+    again = load_checkpoint(str(path / "checkpoint.pt"))
+    assert again["learner"]["updates"] == 30 and again["options"]["batch_size"] == 16
+    # Once more, elsewhere: the first run stays as it is.
+    other = tmp_path / "other"
+    done = run("--load", path / "checkpoint.pt", "--max-epoch", 4, "--output", other)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((path / "stats.json").read_text())) == 3
+    assert len(json.loads((other / "stats.json").read_text())) == 4
+
+
+def test_new_run_from_weights(trained, tmp_path):
+    path = tmp_path / "run"
+    args = ("--env", "tests.games:Catch-v0", "--load", trained[0] / "model-best.npz")
+    done = run(*args, *TINY, "--max-epoch", 1, "--learning-rate", "1e-12", "--output", path)
+    assert done.returncode == 0, done.stderr
+    stats = json.loads((path / "stats.json").read_text())
+    assert stats[0]["global_step"] == 10  # a new run
+    old, new = (load_weights(str(p / "model-latest.npz")) for p in (trained[0], path))
+    best = load_weights(str(trained[0] / "model-best.npz"))
+    for a, b in zip(best.parameters(), new.parameters(), strict=True):
+        np.testing.assert_allclose(a.detach(), b.detach(), atol=1e-8)
+    assert new.kind == old.kind == "a3c"
+
+
+def simulators(directory):
+    """Processes whose command line names something in `directory`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(directory).encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves_nothing(tmp_path, signum, code):
+    sockets = tmp_path / "t"
+    sockets.mkdir()
+    args = (*CATCH, "--batch-size", 16, "--output", tmp_path / "run")
+    process = subprocess.Popen(
+        command(*args),
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(sockets)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = ""
+    while not re.search(r"epoch 1 \d+/6000", line):
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+    assert simulators(sockets) and list(sockets.glob("batch-a3c-*"))
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors.count("\n") == 1 and f"stopped by {signum.name}" in errors
+    assert not simulators(sockets) and not list(sockets.glob("batch-a3c-*"))
+    steps = load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["at"]["global_step"]
+    assert steps > 0
+    # The run goes on in the middle of its epoch.
+    at = ("--load", tmp_path / "run" / "checkpoint.pt", "--steps-per-epoch", steps + 5)
+    done = run(*at, "--max-epoch", 1, "--eval-episode", 1)
+    assert done.returncode == 0, done.stderr
+    stats = json.loads((tmp_path / "run" / "stats.json").read_text())
+    assert stats[0]["global_step"] == steps + 5
+
+
+def test_an_error_in_a_simulator_ends_the_run(tmp_path):
+    sockets = tmp_path / "t"
+    sockets.mkdir()
+    environment = os.environ | {"TMPDIR": str(sockets)}
+    args = ("--env", "tests.games:Crash-v0", "--network", "a3c", "--output", tmp_path / "run")
+    done = run(*args, "--batch-size", 16, env=environment)
+    assert done.returncode == 1
+    assert re.search(r"simulator \d+ ended with code 1.*the game broke\n$", done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert not simulators(sockets) and not list(sockets.glob("batch-a3c-*"))
+
+
+@pytest.mark.parametrize(
+    "args, code, text",
+    [
+        ((), 2, "--env is required"),
+        (("--env", "Brekout-v0"), 2, "nearest names: Breakout-v0"),
+        (("--env", "CartPole-v1"), 2, "no RGB frames"),
+        (("--env", "Pong-v0", "--gpu", "99"), 2, "CUDA devices"),
+        (("--env", "Pong-v0", "--gpu", "x"), 2, "CUDA devices"),
+        (("--env", "Pong-v0", "--simulator-proc", "0"), 2, "simulator-proc"),
+        (("--env", "Pong-v0", "--batch-size", "-1"), 2, "batch-size"),
+        (("--env", "Pong-v0", "--gamma", "nan"), 2, "gamma"),
+        (("--env", "Pong-v0", "--learning-rate", "1e-3,x"), 2, "learning-rate"),
+        (("--env", "Pong-v0", "--predict-batch-size", "1000"), 2, "can never fill"),
+        (("--env", "Pong-v0", "--batch-size", "500", "--queue-size", "400"), 2, "can never fill"),
+        (("--env", "Pong-v0", "--network", "big"), 2, "invalid choice"),
+        (("--env", "Pong-v0", "--load", "nowhere.npz"), 1, "there is no file nowhere.npz"),
+        (("--load", "nowhere.pt"), 1, "there is no file nowhere.pt"),
+        (("--task", "eval", "--env", "Pong-v0"), 2, "--load"),
+        (("--env", "Pong-v0", "--output", "/dev/null/run"), 2, "cannot write"),
+        (("--env", "Pong-v0", "--output", __file__), 2, "cannot write"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tmp_path, args, code, text):
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == code
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(("usage", " "))]
+    assert len(lines) == 1 and text in lines[0]
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_do_not_fit(trained, tmp_path):
+    weights = trained[0] / "model-best.npz"
+    for task in ("train", "eval"):
+        done = run("--task", task, "--env", "Breakout-v0", "--load", weights, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "3 actions" in done.stderr and "Breakout-v0 has 4" in done.stderr
+    args = ("--env", "tests.games:Catch-v0", "--load", weights, "--network", "ba3c")
+    done = run(*args, "--output", tmp_path / "run")
+    assert done.returncode == 1 and "holds the network a3c, not ba3c" in done.stderr
+    done = run("--env", "Pong-v0", "--load", trained[0] / "checkpoint.pt", cwd=tmp_path)
+    assert done.returncode == 2 and "Catch-v0, not of Pong-v0" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_quick_and_complete():
+    code = "import sys, train_atari; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+    done = run("--help")
+    assert done.returncode == 0
+    for text in ("--task eval", "--env Breakout-v0 --gpu 0", "default 128", "is refused", "130"):
+        assert text in re.sub(r"\s+", " ", done.stdout), text
+    for option in ("simulator-proc", "predict-batch-size", "predictor-thread-per-gpu", "gamma"):
+        assert f"--{option}" in done.stdout
+
+
+def test_schedules():
+    text = "1e-3,20:3e-4,120:1e-4"
+    values = [scheduled(text, epoch) for epoch in (1, 19, 20, 119, 120, 1000)]
+    assert values == [1e-3, 1e-3, 3e-4, 3e-4, 1e-4, 1e-4]
+
+
+def test_defaults_on_a_gpu_are_the_originals():
+    o = complete({}, on_cpu=False)
+    assert (o.simulator_proc, o.players_per_simulator) == (50, 1)
+    assert (o.predict_batch_size, o.predictor_thread_per_gpu) == (15, 3)
+    assert (o.batch_size, o.local_time_max, o.gamma, o.adam_epsilon) == (128, 5, 0.99, 1e-3)
+    assert (o.steps_per_epoch, o.max_epoch, o.eval_episode) == (6000, 1000, 50)
+    fast = {"simulator_proc": 240, "predict_batch_size": 30, "predictor_thread_per_gpu": 6}
+    assert vars(complete(fast, on_cpu=False)).items() >= fast.items()
