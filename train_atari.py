@@ -226,10 +226,8 @@ class Training:
 
     def __init__(self, env_id, chosen, network, device, path, saved):
         import torch
-        from torch.utils.tensorboard import SummaryWriter
 
         import model
-        import predictor
 
         self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, path
         self.options = complete(chosen, device.type == "cpu")
@@ -248,16 +246,13 @@ class Training:
             self.learner.load_state_dict(saved["learner"])
             torch.set_rng_state(saved["rng"])
             self.at, self.stats = saved["at"], saved["stats"]
-            at = "weights, optimizer, schedules, iteration {global_step}, best score {best_score}"
-            self.log(f"restored {saved['file']}: {at.format(**self.at)}")
+            done = "{global_step} iterations, {epoch} epochs, best score {best_score}"
+            self.log(f"restored {saved['file']}: weights, optimizer, {done.format(**self.at)}")
         self.at["starts"] += 1
         packages = {name: version(name) for name in PACKAGES} | {"python": sys.version}
         config = {"env": env_id} | vars(self.options) | {"versions": packages}
         self.write_json("config.json", config)
         self.announce()
-        self.writer = SummaryWriter(path, purge_step=self.at["global_step"] + 1)
-        seeds = np.random.SeedSequence((self.options.seed, self.at["starts"]))
-        self.feed = predictor.Feed(env_id, self.options, self.learner, seeds)
 
     def announce(self) -> None:
         """Print what follows from the options."""
@@ -287,11 +282,12 @@ class Training:
                 facts["to expect"] += "; --network a3c is several times faster on a CPU"
         self.log("training\n" + tabulate(facts.items()))
 
-    def log(self, text: str) -> None:
-        """A line on standard output, above a progress bar if there is one, and in log.log."""
+    def log(self, text: str, show: bool = True) -> None:
+        """A line in log.log and on standard output, above a progress bar if there is one."""
         line = time.strftime("%m-%d %H:%M:%S ") + text
-        tqdm.write(line)
         self.log_file.write(line + "\n")
+        if show:
+            tqdm.write(line)
 
     def write(self, name: str, save: Callable) -> None:
         """Let `save(file)` write a file of the run."""
@@ -302,7 +298,7 @@ class Training:
         self.write(name, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
     def save(self) -> None:
-        """Write the checkpoint and the latest weights."""
+        """Write the checkpoint, the latest weights, and the epochs done."""
         import torch
 
         import model
@@ -315,6 +311,7 @@ class Training:
         checkpoint |= {"at": self.at, "stats": self.stats}
         self.write("checkpoint.pt", lambda file: torch.save(checkpoint, file))
         self.write("model-latest.npz", lambda file: model.save_weights(file, network))
+        self.write_json("stats.json", self.stats)
         self.saved = time.monotonic()
 
     def on_signal(self, signum: int, frame) -> None:
@@ -333,20 +330,25 @@ class Training:
 
     def run(self) -> None:
         """Train until the last epoch is done."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        from predictor import Feed
+
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, self.on_signal)
-        try:
-            while self.at["epoch"] < self.options.max_epoch:
-                self.run_epoch()
-                self.end_epoch()
-        except UserError as error:
-            if self.rows or self.unread:
-                self.save()
-            self.log(str(error))
-            raise
-        finally:
-            self.feed.close()
-            self.writer.close()
+        seeds = np.random.SeedSequence((self.options.seed, self.at["starts"]))
+        self.writer = SummaryWriter(self.path, purge_step=self.at["global_step"] + 1)
+        self.feed = Feed(self.env_id, self.options, self.learner, seeds)
+        with contextlib.closing(self.feed), self.writer:
+            try:
+                while self.at["epoch"] < self.options.max_epoch:
+                    self.run_epoch()
+                    self.end_epoch()
+            except Exception as error:
+                self.log(str(error), show=False)
+                if isinstance(error, UserError) and (self.rows or self.unread):
+                    self.save()
+                raise
 
     def run_epoch(self) -> None:
         """The iterations of an epoch that are not done yet."""
@@ -370,7 +372,8 @@ class Training:
                 self.feed.publish(self.learner.network, at["global_step"])
                 self.unread.append((metrics, [lag.mean(), lag.max(), len(self.feed.queue)]))
                 self.bar.update()
-                self.after_iteration()
+                if at["epoch_step"] < steps:
+                    self.after_iteration()
 
     def next_batch(self):
         """Wait for a batch; before the first one, say what for."""
@@ -404,18 +407,19 @@ class Training:
         self.unread = []
 
     def means(self, first: int, seconds: float) -> dict[str, float]:
-        """Metrics of this epoch's iterations from the `first` one on."""
-        rows = np.array(self.rows[first:])
-        metrics = dict(zip(self.columns, rows.mean(axis=0).tolist(), strict=True)) | self.rates
-        metrics["policy_lag_max"] = float(rows[:, self.columns.index("policy_lag_max")].max())
-        metrics["it_per_s"] = len(rows) / seconds
+        """Metrics of this epoch's iterations from the `first` one on; None where there was none."""
+        self.collect()
+        rows, metrics = np.array(self.rows[first:]), dict.fromkeys(self.columns)
+        if len(rows):
+            metrics = dict(zip(self.columns, rows.mean(axis=0).tolist(), strict=True))
+            metrics["policy_lag_max"] = float(rows[:, self.columns.index("policy_lag_max")].max())
+        metrics |= self.rates | {"it_per_s": len(rows) / seconds}
         metrics["states_per_s"] = metrics["it_per_s"] * self.options.batch_size
         metrics["train_score"] = self.feed.mean_score()
         return metrics
 
     def show(self, now: float) -> None:
         """Means since the last time: a line or the end of the progress bar, and TensorBoard."""
-        self.collect()
         m = self.means(self.shown, now - self.logged)
         self.shown, self.logged = len(self.rows), now
         self.add_scalars(m)
@@ -437,15 +441,15 @@ class Training:
     def end_epoch(self) -> None:
         """Evaluate if it is time, and write down how the epoch went."""
         metrics = self.means(0, time.monotonic() - self.epoch_began)
-        self.at["epoch"] += 1
-        self.at["epoch_step"] = 0
-        epoch = self.at["epoch"]
         metrics |= {"mean_score": None, "max_score": None}
-        if epoch % EVAL_EPOCH == 0 or epoch == self.options.max_epoch:
-            metrics |= self.evaluate()
-        self.add_scalars(metrics)
+        epoch = self.at["epoch"] + 1
+        self.at |= {"epoch": epoch, "epoch_step": 0}
         self.stats.append({"epoch_num": epoch, "global_step": self.at["global_step"]} | metrics)
-        self.write_json("stats.json", self.stats)
+        if epoch % EVAL_EPOCH == 0 or epoch == self.options.max_epoch:
+            self.save()  # so that an end in the evaluation loses nothing
+            metrics |= self.evaluate()
+            self.stats[-1] |= metrics
+        self.add_scalars(metrics)
         self.save()
         self.log(f"epoch {epoch} is done\n" + tabulate(self.stats[-1].items()))
         self.logged = time.monotonic()
@@ -553,6 +557,7 @@ def main() -> int:
         parser.error("--env is required")
     # Threads that wait should sleep: there are more of them here than cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     task = TASKS[given.pop("task")]
     try:
         task(given)

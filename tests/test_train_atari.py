@@ -117,7 +117,7 @@ def test_resume(tmp_path):
     assert saved["at"]["global_step"] == saved["learner"]["updates"] == 20
     resumed = run("--load", path / "checkpoint.pt", "--max-epoch", 3)
     assert resumed.returncode == 0, resumed.stderr
-    assert "restored" in resumed.stdout and "iteration 20" in resumed.stdout
+    assert "restored" in resumed.stdout and "20 iterations, 2 epochs" in resumed.stdout
     stats = json.loads((path / "stats.json").read_text())
     assert [epoch["epoch_num"] for epoch in stats] == [1, 2, 3]
     assert [epoch["global_step"] for epoch in stats] == [10, 20, 30]
