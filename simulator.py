@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +37,16 @@ HIGH_WATER_MARK = 4  # messages per peer: a simulator has one under way at most
 END_SECONDS = 2.0  # how long simulators have to end by themselves
 
 
+def end_with_parent() -> None:
+    """Wait until standard input is closed, and end this process, whatever it is doing."""
+    while os.read(0, 1024):
+        pass
+    os._exit(0)
+
+
 def simulate(address: str, env_id: str, index: int, num_players: int, seed: int) -> None:
-    """Play for ever; returns when standard input is closed."""
+    """Play until standard input is closed."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     players = [Player(make_env(env_id)) for _ in range(num_players)]
     seeds = np.random.SeedSequence((seed, index)).generate_state(num_players)
     socket = zmq.Context().socket(zmq.DEALER)
@@ -45,17 +54,12 @@ def simulate(address: str, env_id: str, index: int, num_players: int, seed: int)
     socket.set_hwm(HIGH_WATER_MARK)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(address)
-    poller = zmq.Poller()
-    poller.register(socket, zmq.POLLIN)
-    poller.register(sys.stdin.fileno(), zmq.POLLIN | zmq.POLLERR)
 
     frames = np.stack([p.reset(seed=int(s)) for p, s in zip(players, seeds, strict=True)])
     rewards, is_over, finished = [0.0] * num_players, [False] * num_players, []
     while True:
         socket.send(msgpack.packb([rewards, is_over, finished]), zmq.SNDMORE)
         socket.send(frames)
-        if any(ready is not socket for ready, _ in poller.poll()):
-            return
         finished = []
         for i, action in enumerate(msgpack.unpackb(socket.recv())):
             player = players[i]
