@@ -63,10 +63,10 @@ def make_env(env_id: str, **render) -> gymnasium.Env:
             warnings.simplefilter("ignore")
             # The checker would look at every observation of every step: a fifth of its time.
             env = gymnasium.make(env_id, disable_env_checker=True, **render)
-    except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
-        if isinstance(error, gymnasium.error.UnregisteredEnv | ImportError | ValueError):
-            names = ", ".join(nearest_games(env_id)) or "Breakout-v0, Pong-v0, ..."
-            raise UserError(f"there is no game {env_id}; the nearest names: {names}", 2) from error
+    except (gymnasium.error.UnregisteredEnv, ImportError, ValueError) as error:
+        names = ", ".join(nearest_games(env_id)) or "Breakout-v0, Pong-v0, ..."
+        raise UserError(f"there is no game {env_id}; the nearest names: {names}", 2) from error
+    except Exception as error:  # whatever a game or its module does when it starts
         raise UserError(f"{env_id} cannot be started: {error}", 2) from error
     frames, actions = env.observation_space, env.action_space
     rgb = isinstance(frames, gymnasium.spaces.Box) and frames.dtype == np.uint8

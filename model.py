@@ -4,6 +4,8 @@ Sources: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning
 4 and algorithm S3); Kingma & Ba 2015, "Adam" (the update, in the form at the end of its section 2).
 """
 
+import contextlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -12,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-NETWORKS = ("ba3c", "a3c")
 CHECKPOINT_FORMAT = "batch-a3c 1"
 STATE_SHAPE = (84, 84, 12)  # row, column, history * 3 + rgb (oldest frame first)
 LOSSES = ("policy_loss", "xentropy_loss", "value_loss", "cost")
@@ -138,7 +139,8 @@ class Learner:
         self.updates = 0
         self.parameters = list(network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, fused=True)
-        if device.type == "cuda":
+        self.cuda = device.type == "cuda"
+        if self.cuda:
             torch.set_float32_matmul_precision("high")  # TF32; convolutions use it by default
         self.pool = ThreadPoolExecutor(threads, "trainer", lambda: torch.set_num_threads(1))
 
@@ -149,7 +151,9 @@ class Learner:
         torch divides sqrt(v) by sqrt(1 - b2^t) first, so its epsilon must be divided likewise.
         """
         batch_size = len(batch.actions)
-        terms, gradients = self.gradients(batch.to(self.device), entropy_beta)
+        batch = batch.to(self.device)
+        copied = torch.cuda.current_stream().record_event() if self.cuda else None
+        terms, gradients = self.gradients(batch, entropy_beta)
         norm = clip_gradients(gradients)
         self.updates += 1
         group = self.optimizer.param_groups[0]
@@ -161,6 +165,8 @@ class Learner:
         self.optimizer.zero_grad()
         importance, squared_advantage, value = terms[3:] / batch_size
         cost = cost_of(terms, entropy_beta, batch_size)
+        if copied is not None:  # the memory of the batch may be filled anew from now on
+            copied.synchronize()
         return torch.stack((*terms[:3], cost, importance, squared_advantage.sqrt(), value, norm))
 
     def gradients(self, batch: Batch, entropy_beta: float) -> tuple[torch.Tensor, list]:
@@ -171,7 +177,7 @@ class Learner:
             cost = cost_of(terms, entropy_beta, len(batch.actions))
             return terms.detach(), torch.autograd.grad(cost, self.parameters)
 
-        if self.device.type == "cuda":
+        if self.cuda:
             results = [part_gradients(batch)]
         else:
             results = list(self.pool.map(part_gradients, batch.split(CPU_PART)))
@@ -228,6 +234,18 @@ def save_weights(file, network: Network) -> None:
     np.savez(file, **arrays)
 
 
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes of its reader into a WeightFileError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise WeightFileError(f"there is no file {path}") from error
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise WeightFileError(f"{path} is not usable: {reason}") from error
+
+
 def read_weights(archive) -> Network:
     """The network in an open .npz archive; ValueError if that is not a whole set of weights."""
     keys = {key.removesuffix(":0"): key for key in archive.files}
@@ -261,38 +279,21 @@ def load_weights(path: str) -> Network:
     Names may end in `:0`; other arrays are ignored. WeightFileError for anything unusable. Nothing
     is ever unpickled.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return read_weights(archive)
-    except FileNotFoundError as error:
-        raise WeightFileError(f"there is no file {path}") from error
-    except Exception as error:  # whatever a damaged file makes of its readers
-        raise WeightFileError(f"{path} is not a usable weight file: {reason(error)}") from error
+    with reading(path), np.load(path, allow_pickle=False) as archive:
+        return read_weights(archive)
 
 
 def load_checkpoint(path: str) -> dict:
     """A checkpoint of this program; WeightFileError for anything else. No code in it runs."""
-    try:
+    with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != CHECKPOINT_FORMAT:
             raise ValueError("it is of another program")
         return checkpoint
-    except FileNotFoundError as error:
-        raise WeightFileError(f"there is no file {path}") from error
-    except Exception as error:  # as above
-        raise WeightFileError(f"{path} is not a usable checkpoint: {reason(error)}") from error
 
 
-def load_network(path: str) -> Network:
-    """The network in an .npz or in a training checkpoint, .pt."""
-    if not path.endswith(".pt"):
-        return load_weights(path)
-    checkpoint = load_checkpoint(path)
+def checkpoint_network(checkpoint: dict) -> Network:
+    """The network in a checkpoint."""
     network = Network(checkpoint["network"], checkpoint["num_actions"])
     network.load_state_dict(checkpoint["learner"]["network"])
     return network
-
-
-def reason(error: Exception) -> str:
-    """The first line of what went wrong."""
-    return str(error).partition("\n")[0] or type(error).__name__

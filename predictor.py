@@ -7,15 +7,23 @@ replies. A state changes hands once, when it is trained on.
 
 import contextlib
 import copy
+import math
+import os
+import sys
 import threading
+import time
 from collections import deque
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from common import evaluate
 from model import STATE_SHAPE, Batch, Learner, Network
-from simulator import Books, Fleet, Master, Segment
+from simulator import Books, Fleet, Master, Segment, VectorPlayers, undisturbed
 
+EVAL_PLAYERS = 16  # side by side in an evaluation
+LOG_SECONDS = 10  # from one line of progress to the next, where there is no terminal
 POLL_MS = 100  # how long a predictor waits for messages before it looks whether it should end
 LAST_SCORES = 100  # training episodes in the mean score that is shown
 
@@ -178,11 +186,15 @@ class Feed:
         self.publish(learner.network, learner.updates)
         players = [options.players_per_simulator] * options.simulator_proc
         groups = options.predictor_thread_per_gpu
+        self.predictors: list[Predictor] = []
         self.fleet = Fleet(env_id, players, groups, int(seeds.generate_state(1)[0]))
-        pairs = zip(self.fleet.masters, seeds.spawn(groups), strict=True)
-        self.predictors = [Predictor(self, master, options, seed) for master, seed in pairs]
-        for predictor in self.predictors:
-            predictor.start()
+        try:
+            for master, seed in zip(self.fleet.masters, seeds.spawn(groups), strict=True):
+                self.predictors.append(Predictor(self, master, options, seed))
+                self.predictors[-1].start()
+        except BaseException:
+            self.close()
+            raise
 
     def publish(self, network: Network, version: int) -> None:
         """Let predictors use a copy of `network` from their next batch on.
@@ -212,7 +224,31 @@ class Feed:
 
     def close(self) -> None:
         """End threads and processes."""
-        self.queue.close()
-        for predictor in self.predictors:
-            predictor.join()
-        self.fleet.close()
+        with undisturbed():
+            self.queue.close()
+            for predictor in self.predictors:
+                predictor.join()
+            self.fleet.close()
+
+
+def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: None):
+    """Evaluate a network on all cores, with progress; returns a list of common.Episode."""
+    start = logged = time.monotonic()
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(cores)  # of this thread; the others have one each
+    # With little time, few players: so that at least their episodes come to an end.
+    side_by_side = int(min(episodes, EVAL_PLAYERS, max(cores, seconds / 10)))
+
+    def policy_of(states: np.ndarray) -> np.ndarray:
+        return predict(network, torch.from_numpy(states))[0]
+
+    players = VectorPlayers(env_id, side_by_side, seed, check)
+    bar = tqdm(total=episodes, desc="evaluation", disable=not sys.stderr.isatty())
+    with contextlib.closing(players), bar:
+        seconds -= time.monotonic() - start
+        for done in evaluate(players, policy_of, episodes, seed, seconds):
+            bar.update(len(done) - bar.n)
+            if bar.disable and time.monotonic() - logged > LOG_SECONDS:
+                logged = time.monotonic()
+                log(f"{len(done)} of {episodes} episodes")
+    return done

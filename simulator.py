@@ -18,12 +18,13 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import msgpack
@@ -35,6 +36,18 @@ from common import FRAME_SHAPE, STATE_SHAPE, Player, UserError, make_env, stack_
 FRAME_BYTES = int(np.prod(FRAME_SHAPE))
 HIGH_WATER_MARK = 4  # messages per peer: a simulator has one under way at most
 END_SECONDS = 2.0  # how long simulators have to end by themselves
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C and its like off from a clean-up (of the main thread)."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.signal(signum, signal.SIG_IGN) for signum in signals]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(signals, handlers, strict=True):
+            signal.signal(signum, handler)
 
 
 def end_with_parent() -> None:
@@ -254,8 +267,10 @@ class Fleet:
             for index, count in enumerate(players):
                 settings = {"connect": addresses[index % groups], "env": env_id, "index": index}
                 self.start(settings | {"players": count, "seed": seed})
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, zmq.ZMQError):  # a long TMPDIR, for example
+                raise UserError(f"no sockets in {self.directory}: {error}") from error
             raise
 
     def start(self, settings: dict) -> None:
@@ -290,18 +305,17 @@ class Fleet:
 
     def close(self) -> None:
         """End all simulators and remove the sockets; no thread may use the masters any more."""
-        for process in self.processes:
-            process.stdin.close()
-        deadline = time.monotonic() + END_SECONDS
-        for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            process.kill()
-            process.wait()
-        for master in self.masters:
-            master.socket.close()
-        self.context.term()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        with undisturbed():
+            for process in self.processes:
+                process.stdin.close()
+            deadline = time.monotonic() + END_SECONDS
+            for process in self.processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                process.kill()
+                process.wait()
+            self.context.destroy(linger=0)
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class VectorPlayers(Fleet):

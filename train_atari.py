@@ -24,8 +24,7 @@ import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
-from common import UserError, evaluate, make_env, summary, write_file
-from simulator import VectorPlayers
+from common import STATE_SHAPE, UserError, make_env, summary, write_file
 
 # torch and the rooms that need it are imported where they are used: --help does not wait for them.
 
@@ -47,11 +46,11 @@ PREDICTOR_THREAD_PER_GPU = 3
 CPU_PLAYERS = 32  # in all: on a CPU few processes with several players each cost least
 # What a run does beside.
 EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
-EVAL_PLAYERS = 16  # side by side
 CHECKPOINT_SECONDS = 300
 LOG_SECONDS = 10
 # Measured on one core of a server of 2021: states/s of playing, predicting and learning together.
 STATES_PER_CORE = {"ba3c": 70, "a3c": 600}
+SIMULATOR_BYTES = 50e6
 
 EPILOG = """\
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (Ctrl-C) and 143 (SIGTERM) stopped after saving.
@@ -61,41 +60,43 @@ RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz"
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "opencv-python-headless", "pyzmq", "msgpack")
 
 
-def count(text: str) -> int:
-    """A whole number above zero."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """A parser of numbers from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse tells it to the user
+    return parse
 
 
-def positive(text: str) -> float:
-    """A finite number above zero."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-def schedule(text: str) -> str:
-    """A schedule, `VALUE,EPOCH:VALUE,...`, as it is."""
-    for step in ("1:" + text).split(","):
-        epoch, value = step.split(":")
-        count(epoch), positive(value)
-    return text
+count, seed = number(int, 1, 10**9), number(int, 0, 2**32 - 1)
+fraction, rate = number(float, 0, 1), number(float, 1e-12, 1e3)
 
 
 def scheduled(text: str, epoch: int) -> float:
-    """The value of a schedule in `epoch`, counted from 1."""
+    """The value of a schedule, `VALUE,EPOCH:VALUE,...`, in `epoch`, counted from 1."""
     steps = [step.split(":") for step in ("1:" + text).split(",")]
-    return [float(value) for first, value in steps if epoch >= int(first)][-1]
+    values = sorted((count(first), number(float, 0, 1e3)(value)) for first, value in steps)
+    return [value for first, value in values if epoch >= first][-1]
+
+
+def schedule(text: str) -> str:
+    """A schedule, as it is."""
+    scheduled(text, 1)
+    return text
 
 
 LEARNING = (  # option, type, default (None: what fits the machine), meaning
     ("batch_size", count, BATCH_SIZE, "new states per iteration"),
     ("local_time_max", count, LOCAL_TIME_MAX, "steps of an n-step return"),
-    ("gamma", positive, GAMMA, "discount per step"),
+    ("gamma", fraction, GAMMA, "discount per step"),
     ("learning_rate", schedule, LEARNING_RATE, "VALUE,EPOCH:VALUE,..."),
     ("entropy_beta", schedule, ENTROPY_BETA, "VALUE,EPOCH:VALUE,..."),
-    ("adam_epsilon", positive, ADAM_EPSILON, "epsilon of Adam in TensorFlow's form"),
+    ("adam_epsilon", rate, ADAM_EPSILON, "epsilon of Adam in TensorFlow's form"),
     ("steps_per_epoch", count, STEPS_PER_EPOCH, "iterations per epoch"),
     ("max_epoch", count, MAX_EPOCH, "epochs until the run is done"),
     ("eval_episode", count, EVAL_EPISODE, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
@@ -129,7 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", help=output)
     add("--episode", type=count, metavar="N", default=100, help="episodes to play (default 100)")
     add("--network", choices=("ba3c", "a3c"), help="default: ba3c; a3c is small, for a CPU")
-    add("--seed", type=int, metavar="N", help="of players, sampling, initialization")
+    add("--seed", type=seed, metavar="N", help="of players, sampling, initialization")
     for title, options in (("what changes learning", LEARNING), ("what changes speed", SPEED)):
         group = parser.add_argument_group(title)
         for name, kind, default, text in options:
@@ -147,6 +148,7 @@ def find_device(gpu: str | None):
         return torch.device("cuda:0" if available else "cpu")
     if not gpu.isdecimal() or int(gpu) >= available:
         raise UserError(f"--gpu {gpu}: give the number of one of {available} CUDA devices here", 2)
+    torch.cuda.set_device(int(gpu))
     return torch.device("cuda", int(gpu))
 
 
@@ -156,25 +158,28 @@ def complete(chosen: dict, on_cpu: bool) -> argparse.Namespace:
     o, cores = argparse.Namespace(**(table | chosen)), os.cpu_count() or 1
     processes = min(2 * cores, CPU_PLAYERS) if on_cpu else SIMULATOR_PROC
     o.simulator_proc = o.simulator_proc or processes
-    players = max(1, CPU_PLAYERS // o.simulator_proc) if on_cpu else 1
-    o.players_per_simulator = o.players_per_simulator or players
+    each = max(1, CPU_PLAYERS // o.simulator_proc) if on_cpu else 1
+    o.players_per_simulator = o.players_per_simulator or each
     players = o.simulator_proc * o.players_per_simulator
     threads = min(cores if on_cpu else PREDICTOR_THREAD_PER_GPU, o.simulator_proc)
     o.predictor_thread_per_gpu = o.predictor_thread_per_gpu or threads
+    o.queue_size = o.queue_size or o.batch_size
     if "predict_batch_size" not in chosen:
         o.predict_batch_size = min(o.predict_batch_size, players)
-    o.queue_size = o.queue_size or o.batch_size
-
-    def refuse(wrong: bool, sentence: str) -> None:
+    size, threads = o.predict_batch_size, o.predictor_thread_per_gpu
+    states = players * (o.local_time_max + 2) + o.queue_size + 2 * o.batch_size + size
+    need = states * math.prod(STATE_SHAPE) + o.simulator_proc * SIMULATOR_BYTES
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    waiting = f"a queue of {o.queue_size} states can never fill a batch of {o.batch_size}"
+    for wrong, sentence in (
+        (size > players, f"{players} players can never fill a predict batch of {size} states"),
+        (threads > o.simulator_proc, f"{threads} predictor threads need as many simulators"),
+        (o.queue_size < o.batch_size, waiting),
+        (o.local_time_max >= o.batch_size, "--local-time-max must be below --batch-size"),
+        (need > memory, f"this takes {need / 1e9:.0f} GB of {memory / 1e9:.0f} GB of memory"),
+    ):
         if wrong:
             raise UserError(sentence, 2)
-
-    size, threads = o.predict_batch_size, o.predictor_thread_per_gpu
-    refuse(size > players, f"{players} players can never fill a predict batch of {size} states")
-    refuse(threads > o.simulator_proc, f"{threads} predictor threads need as many simulators")
-    waiting = f"a queue of {o.queue_size} states can never fill a batch of {o.batch_size}"
-    refuse(o.queue_size < o.batch_size, waiting)
-    refuse(o.local_time_max >= o.batch_size, "--local-time-max must be below --batch-size")
     return o
 
 
@@ -184,17 +189,11 @@ def count_actions(env_id: str) -> int:
         return int(env.action_space.n)
 
 
-def load_for(env_id: str, path: str, kind: str | None = None):
-    """The network in a file, which must fit the game, and be of this kind, if one is given."""
-    import model
-
-    actions = count_actions(env_id)
-    network = model.load_network(path)
-    if network.num_actions != actions:
-        n = network.num_actions
+def fit(network, path: str, actions: int, env_id: str):
+    """The network out of a file, which must be for as many actions as the game has."""
+    n = network.num_actions
+    if n != actions:
         raise UserError(f"{path} is for a game with {n} actions; {env_id} has {actions}")
-    if kind not in (None, network.kind):
-        raise UserError(f"{path} holds the network {network.kind}, not {kind}")
     return network
 
 
@@ -231,23 +230,28 @@ class Training:
 
         self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, path
         self.options = complete(chosen, device.type == "cpu")
-        self.log_file = open_run(path, bool(saved) and path == saved["path"])
+        goes_on = bool(saved) and saved["file"] == os.path.join(path, "checkpoint.pt")
+        self.log_file = open_run(path, goes_on)
         self.columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
         # Epochs and iterations done, iterations of this epoch done, starts of this program.
         self.at = {"epoch": 0, "global_step": 0, "epoch_step": 0, "starts": 0, "best_score": None}
+        self.at |= {"elapsed_s": 0.0, "evaluated_s": 0.0}
         self.stats: list[dict] = []  # of the epochs done
         self.rows: list[np.ndarray] = []  # of this epoch's iterations: a value for each column
         self.unread: list[tuple] = []  # iterations whose metrics are still on the device
         self.began = self.logged = self.saved = time.monotonic()
-        self.shown, self.evaluated_s, self.signal = 0, 0.0, None
+        self.shown, self.signal = 0, None
         threads = os.cpu_count() or 1
         self.learner = model.Learner(network, device, self.options.adam_epsilon, threads)
         if saved:
             self.learner.load_state_dict(saved["learner"])
             torch.set_rng_state(saved["rng"])
             self.at, self.stats = saved["at"], saved["stats"]
+            if not os.path.exists(os.path.join(path, "model-best.npz")):
+                self.at["best_score"] = None
             done = "{global_step} iterations, {epoch} epochs, best score {best_score}"
             self.log(f"restored {saved['file']}: weights, optimizer, {done.format(**self.at)}")
+            self.began -= self.at["elapsed_s"]
         self.at["starts"] += 1
         packages = {name: version(name) for name in PACKAGES} | {"python": sys.version}
         config = {"env": env_id} | vars(self.options) | {"versions": packages}
@@ -261,32 +265,30 @@ class Training:
         states = o.steps_per_epoch * o.batch_size
         # A state waits until its segment is done, then in the queue, while others are trained on.
         lag = (players * (o.local_time_max + 3) / 2 + o.queue_size) / o.batch_size
-        most = max(o.predict_batch_size, o.players_per_simulator)
         parameters = sum(p.numel() for p in network.parameters())
+        cores = os.cpu_count() or 1
         facts = {
-            "run directory": self.path,
-            "device": f"{self.device}, {os.cpu_count()} cores",
-            "game": f"{self.env_id}, {network.num_actions} actions, seed {o.seed}",
+            "run": f"{self.env_id} ({network.num_actions} actions) in {self.path}, seed {o.seed}",
             "network": f"{network.kind}, {parameters:,} parameters",
+            "device": f"{self.device}, {cores} cores, {o.predictor_thread_per_gpu} predictors",
             "players": f"{o.simulator_proc} processes x {o.players_per_simulator} = {players}",
-            "predictors": f"{o.predictor_thread_per_gpu} threads, at most {most} states together",
             "epoch": f"{o.steps_per_epoch:,} iterations x {o.batch_size} = {states:,} states",
             "policy lag": f"{lag:.1f} updates when the trainer binds",
         }
+        if lag > 3.5:
+            facts["policy lag"] += ": with fewer players it learns from a newer policy"
         if self.device.type == "cpu":
-            rate = STATES_PER_CORE[network.kind] * (os.cpu_count() or 1)
-            facts["to expect"] = (
-                f"about {rate} states/s, {states / rate / 3600:.1f} hours per epoch"
-            )
+            rate = STATES_PER_CORE[network.kind] * cores
+            facts["expect"] = f"about {rate} states/s, {states / rate / 3600:.1f} hours per epoch"
             if network.kind == "ba3c":
-                facts["to expect"] += "; --network a3c is several times faster on a CPU"
+                facts["expect"] += "; --network a3c is several times faster on a CPU"
         self.log("training\n" + tabulate(facts.items()))
 
-    def log(self, text: str, show: bool = True) -> None:
+    def log(self, text: str) -> None:
         """A line in log.log and on standard output, above a progress bar if there is one."""
         line = time.strftime("%m-%d %H:%M:%S ") + text
         self.log_file.write(line + "\n")
-        if show:
+        with contextlib.suppress(OSError):  # where nobody reads it any more, train on
             tqdm.write(line)
 
     def write(self, name: str, save: Callable) -> None:
@@ -305,6 +307,7 @@ class Training:
 
         self.collect()
         network = self.learner.network
+        self.at["elapsed_s"] = time.monotonic() - self.began
         checkpoint = {"format": model.CHECKPOINT_FORMAT, "env": self.env_id, "options": self.chosen}
         checkpoint |= {"network": network.kind, "num_actions": network.num_actions}
         checkpoint |= {"learner": self.learner.state_dict(), "rng": torch.get_rng_state()}
@@ -334,6 +337,9 @@ class Training:
 
         from predictor import Feed
 
+        if self.at["epoch"] >= self.options.max_epoch:
+            self.save()
+            raise UserError(f"the run is done: {self.at['epoch']} epochs (--max-epoch)", 0)
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, self.on_signal)
         seeds = np.random.SeedSequence((self.options.seed, self.at["starts"]))
@@ -342,11 +348,12 @@ class Training:
         with contextlib.closing(self.feed), self.writer:
             try:
                 while self.at["epoch"] < self.options.max_epoch:
+                    self.check()
                     self.run_epoch()
                     self.end_epoch()
             except Exception as error:
-                self.log(str(error), show=False)
-                if isinstance(error, UserError) and (self.rows or self.unread):
+                self.log_file.write(f"{error}\n")
+                if not isinstance(error, FloatingPointError) and (self.rows or self.unread):
                     self.save()
                 raise
 
@@ -457,84 +464,72 @@ class Training:
     def evaluate(self) -> dict[str, float]:
         """Score the network, within EVAL_SHARE of the time of the run, and keep the best one."""
         from model import save_weights
+        from predictor import score
 
         start = time.monotonic()
-        seconds = EVAL_SHARE * (start - self.began) - self.evaluated_s
+        seconds = EVAL_SHARE * (start - self.began) - self.at["evaluated_s"]
         seconds /= 1 - EVAL_SHARE  # evaluation is part of the time of the run
         o, log = self.options, lambda text: self.log(f"evaluation: {text}")
         log(f"{o.eval_episode} episodes in {seconds:.0f} s at most")
         seed = o.seed + self.at["epoch"]
         network = self.learner.network
         done = score(self.env_id, network, o.eval_episode, seed, log, seconds, self.check)
-        self.evaluated_s += time.monotonic() - start
+        self.at["evaluated_s"] += time.monotonic() - start
         result, cut = summary(done), sum(not episode.finished for episode in done)
         log(f"mean {result['mean']:.2f}, {cut} of {len(done)} episodes cut short")
         best = self.at["best_score"]
         if best is None or (not cut and result["mean"] > best):
             self.at["best_score"] = None if cut else result["mean"]
             self.write("model-best.npz", lambda file: save_weights(file, network))
+        if cut:  # what they have so far says little
+            return {}
         return {"mean_score": result["mean"], "max_score": result["max"]}
-
-
-def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: None) -> list:
-    """Evaluate a network on all cores, with progress; returns the episodes."""
-    import torch
-
-    from predictor import predict
-
-    start = logged = time.monotonic()
-    torch.set_num_threads(os.cpu_count() or 1)  # of this thread; the others have one each
-    players = VectorPlayers(env_id, min(episodes, EVAL_PLAYERS), seed, check)
-    bar = tqdm(total=episodes, desc="evaluation", disable=not sys.stderr.isatty())
-
-    def policy_of(states: np.ndarray) -> np.ndarray:
-        return predict(network, torch.from_numpy(states))[0]
-
-    with contextlib.closing(players), bar:
-        seconds -= time.monotonic() - start
-        for done in evaluate(players, policy_of, episodes, seed, seconds):
-            bar.update(len(done) - bar.n)
-            if bar.disable and time.monotonic() - logged > LOG_SECONDS:
-                logged = time.monotonic()
-                log(f"{len(done)} of {episodes} episodes")
-    return done
 
 
 def task_train(given: dict) -> None:
     """--task train."""
+    load, output = given.pop("load", None), given.pop("output", None)
+    actions = count_actions(given["env"]) if "env" in given else None
     import torch
 
     import model
 
-    load, output = given.pop("load", None), given.pop("output", None)
     device = find_device(given.pop("gpu", None))
-    saved = model.load_checkpoint(load) if load and load.endswith(".pt") else {}
+    saved = model.load_checkpoint(load) if load is not None and load.endswith(".pt") else {}
     env_id = given.pop("env", saved.get("env"))
     if saved and env_id != saved["env"]:
         raise UserError(f"{load} is a run of {saved['env']}, not of {env_id}", 2)
+    actions = actions or count_actions(env_id)
     chosen = {"seed": random_seed()} | saved.get("options", {}) | given
     torch.manual_seed(chosen["seed"])
     kind = given.get("network")
-    if load:
-        network = load_for(env_id, load, kind)
+    if load is None:
+        network = model.Network(kind or "ba3c", actions)
     else:
-        network = model.Network(kind or "ba3c", count_actions(env_id))
+        network = model.checkpoint_network(saved) if saved else model.load_weights(load)
+        fit(network, load, actions, env_id)
+        if kind not in (None, network.kind):
+            raise UserError(f"{load} holds the network {network.kind}, not {kind}")
     chosen["network"] = network.kind
     path = os.path.join("train_log", "train-atari-" + re.sub(r"[^\w.-]", "-", env_id))
     if saved:
-        saved["file"], path = load, os.path.dirname(load)
-        saved["path"] = os.path.abspath(path)
+        saved["file"], path = os.path.abspath(load), os.path.dirname(load)
     Training(env_id, chosen, network, device, os.path.abspath(output or path), saved).run()
 
 
 def task_eval(given: dict) -> None:
     """--task eval."""
+    if "load" not in given or "env" not in given:
+        raise UserError("--task eval needs --env and --load FILE", 2)
+    env_id, path = given["env"], given["load"]
+    actions = count_actions(env_id)
     import model
+    from predictor import score
 
-    if "load" not in given:
-        raise UserError("--task eval needs --load FILE", 2)
-    env_id = given.get("env") or model.load_checkpoint(given["load"])["env"]
-    network = load_for(env_id, given["load"]).to(find_device(given.get("gpu")))
+    saved = path.endswith(".pt")
+    network = model.checkpoint_network(model.load_checkpoint(path)) if saved else None
+    network = fit(network or model.load_weights(path), path, actions, env_id)
+    network.to(find_device(given.get("gpu")))
     start, seed = time.monotonic(), given.get("seed", random_seed())
     episodes = score(env_id, network, given["episode"], seed, log=print)
     result = summary(episodes) | {"seconds": round(time.monotonic() - start, 1)}
@@ -557,7 +552,8 @@ def main() -> int:
         parser.error("--env is required")
     # Threads that wait should sleep: there are more of them here than cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     task = TASKS[given.pop("task")]
     try:
         task(given)

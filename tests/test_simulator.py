@@ -183,8 +183,8 @@ def test_fleet_is_private_and_leaves_nothing():
 
 
 def test_simulators_end_when_their_parent_is_killed():
-    code = "import simulator, time; f = simulator.Fleet('tests.games:Catch-v0', [1, 1], 1, 0);"
-    code += "f.masters[0].receive(1, 10000);"
+    code = "import simulator, time; f = simulator.Fleet('tests.games:Catch-v0', [1, 1], 1, 0)\n"
+    code += "while f.connected < 2: f.masters[0].receive(1, 100)\n"
     code += "print(f.directory, *(p.pid for p in f.processes), flush=True); time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     directory, *pids = parent.stdout.readline().split()
