@@ -13,13 +13,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import ale_py
 import cv2
+import gymnasium
 import numpy as np
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import ale_py
-    import gymnasium
 
 IMAGE_SIZE = (84, 84)
 FRAME_HISTORY = 4
@@ -41,17 +38,6 @@ class UserError(Exception):
         self.code = code
 
 
-def nearest_games(env_id: str) -> list[str]:
-    """The registered Atari games whose names are most like `env_id`."""
-    games = {
-        name.lower(): name
-        for name, spec in gymnasium.registry.items()
-        if re.fullmatch(r"\w+(?<!NoFrameskip)-v0", name) and "ale_py" in str(spec.entry_point)
-    }
-    close = difflib.get_close_matches(env_id.lower(), games, n=3, cutoff=0.4)
-    return [games[name] for name in close]
-
-
 def make_env(env_id: str, **render) -> gymnasium.Env:
     """The gymnasium environment `env_id` (`module:id` imports its module first).
 
@@ -63,20 +49,16 @@ def make_env(env_id: str, **render) -> gymnasium.Env:
             warnings.simplefilter("ignore")
             # The checker would look at every observation of every step: a fifth of its time.
             env = gymnasium.make(env_id, disable_env_checker=True, **render)
-    except (gymnasium.error.UnregisteredEnv, ImportError, ValueError) as error:
-        names = ", ".join(nearest_games(env_id)) or "Breakout-v0, Pong-v0, ..."
-        raise UserError(f"there is no game {env_id}; the nearest names: {names}", 2) from error
     except Exception as error:  # whatever a game or its module does when it starts
-        raise UserError(f"{env_id} cannot be started: {error}", 2) from error
+        games = [name for name in gymnasium.registry if re.fullmatch(r"\w+(?<!Frameskip)-v0", name)]
+        nearest = ", ".join(difflib.get_close_matches(env_id, games, cutoff=0.4) or games[:3])
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"no game {env_id} ({reason}); the nearest names: {nearest}", 2) from error
     frames, actions = env.observation_space, env.action_space
-    rgb = isinstance(frames, gymnasium.spaces.Box) and frames.dtype == np.uint8
-    if not (rgb and len(frames.shape) == 3 and frames.shape[2] == 3):
+    rgb = frames.dtype == np.uint8 and frames.shape is not None and frames.shape[2:] == (3,)
+    if not rgb or not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
         env.close()
-        found = f"its observations have shape {frames.shape}, {frames.dtype}"
-        raise UserError(f"{env_id} shows no RGB frames: {found}", 2)
-    if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
-        env.close()
-        raise UserError(f"{env_id} has no numbered actions, but {actions}", 2)
+        raise UserError(f"{env_id} is no game with RGB frames and numbered actions", 2)
     return env
 
 
@@ -171,13 +153,14 @@ def evaluate(
     network sees the same batches again and one seed gives the same scores. After half of `seconds`
     no more episodes start; after all of them those under way are cut short and count as they are.
 
-    players: has `num_players` (at most `episodes`) and `step(actions)`, which returns frames,
+    players: has `num_players` and `step(actions)`, which returns frames,
     rewards and is_over and starts new episodes by itself; `step(None)` starts the first ones.
     policy_of: states (n, 84, 84, 12) uint8 -> policies (n, A).
     """
     start, rng = time.monotonic(), np.random.default_rng(seed)
-    started = n = players.num_players
-    playing, fresh = np.ones((2, n), bool)
+    n = players.num_players
+    started = min(n, episodes)
+    playing, fresh = np.arange(n) < started, np.ones(n, bool)
     score, length = np.zeros((2, n))
     states, spare = np.zeros((2, n, *STATE_SHAPE), np.uint8)
     done: list[Episode] = []

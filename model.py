@@ -4,8 +4,6 @@ Sources: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning
 4 and algorithm S3); Kingma & Ba 2015, "Adam" (the update, in the form at the end of its section 2).
 """
 
-import contextlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -186,12 +184,9 @@ class Learner:
 
     def state_dict(self) -> dict:
         """Everything an update depends on."""
-        optimizer = self.optimizer.state_dict()
-        return {
-            "network": self.network.state_dict(),
-            "optimizer": optimizer,
-            "updates": self.updates,
-        }
+        network = self.network
+        state = {"kind": network.kind, "num_actions": network.num_actions, "updates": self.updates}
+        return state | {"network": network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on as the learner whose `state_dict` this was."""
@@ -234,18 +229,6 @@ def save_weights(file, network: Network) -> None:
     np.savez(file, **arrays)
 
 
-@contextlib.contextmanager
-def reading(path: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes of its reader into a WeightFileError."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise WeightFileError(f"there is no file {path}") from error
-    except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise WeightFileError(f"{path} is not usable: {reason}") from error
-
-
 def read_weights(archive) -> Network:
     """The network in an open .npz archive; ValueError if that is not a whole set of weights."""
     keys = {key.removesuffix(":0"): key for key in archive.files}
@@ -273,27 +256,26 @@ def read_weights(archive) -> Network:
     return network
 
 
-def load_weights(path: str) -> Network:
-    """The network in an .npz of this program or of tensorpack; kind and actions are read off it.
+def load(path: str) -> tuple[Network, dict]:
+    """The network in an .npz or a checkpoint (.pt), and the checkpoint ({} for an .npz).
 
-    Names may end in `:0`; other arrays are ignored. WeightFileError for anything unusable. Nothing
-    is ever unpickled.
+    An .npz may be of this program or of tensorpack: names may end in `:0`, other arrays are
+    ignored, kind and number of actions are read off it. WeightFileError for whatever is unusable.
+    Nothing is ever unpickled.
     """
-    with reading(path), np.load(path, allow_pickle=False) as archive:
-        return read_weights(archive)
-
-
-def load_checkpoint(path: str) -> dict:
-    """A checkpoint of this program; WeightFileError for anything else. No code in it runs."""
-    with reading(path):
+    try:
+        if not path.endswith(".pt"):
+            with np.load(path, allow_pickle=False) as archive:
+                return read_weights(archive), {}
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != CHECKPOINT_FORMAT:
             raise ValueError("it is of another program")
-        return checkpoint
-
-
-def checkpoint_network(checkpoint: dict) -> Network:
-    """The network in a checkpoint."""
-    network = Network(checkpoint["network"], checkpoint["num_actions"])
-    network.load_state_dict(checkpoint["learner"]["network"])
-    return network
+        learner = checkpoint["learner"]
+        network = Network(learner["kind"], learner["num_actions"])
+        network.load_state_dict(learner["network"])
+        return network, checkpoint
+    except FileNotFoundError as error:
+        raise WeightFileError(f"there is no file {path}") from error
+    except Exception as error:  # whatever a damaged file makes of its readers
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise WeightFileError(f"{path} is not usable: {reason}") from error

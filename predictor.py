@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common import evaluate
 from model import STATE_SHAPE, Batch, Learner, Network
-from simulator import Books, Fleet, Master, Segment, VectorPlayers, undisturbed
+from simulator import Books, Fleet, Master, Message, Segment, VectorPlayers, undisturbed
 
 EVAL_PLAYERS = 16  # side by side in an evaluation
 LOG_SECONDS = 10  # from one line of progress to the next, where there is no terminal
@@ -120,81 +120,73 @@ def predict(network: Network, states: torch.Tensor) -> tuple[np.ndarray, np.ndar
     return result[:, :-1], result[:, -1]
 
 
-class Predictor(threading.Thread):
-    """Serves one master's simulators until the queue is closed; `error` is what ended it early."""
+class Feed:
+    """What feeds the trainer: simulators, a predictor thread for each group of them, the queue.
 
-    def __init__(self, feed: "Feed", master: Master, options, seed: np.random.SeedSequence):
-        super().__init__(daemon=True)
-        self.feed, self.master, self.queue = feed, master, feed.queue
-        self.books = Books(master.num_players, options.local_time_max, options.gamma)
-        self.batch_size = max(options.predict_batch_size, master.most_players)
-        self.rng = np.random.default_rng(seed)
+    `error` is what has ended a predictor, if something has.
+    """
+
+    def __init__(self, env_id: str, options, learner: Learner, seeds: np.random.SeedSequence):
+        self.options, self.device = options, learner.device
+        self.pinned = self.device.type == "cuda"
         self.error: BaseException | None = None
-        shape, pinned = (self.batch_size, *STATE_SHAPE), feed.device.type == "cuda"
-        self.staging = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        self.scores: deque = deque(maxlen=LAST_SCORES)  # of finished training episodes
+        self.queue = ExperienceQueue(options.batch_size, options.queue_size, self.pinned)
+        self.publish(learner.network, learner.updates)
+        self.threads: list[threading.Thread] = []
+        simulators, players = options.simulator_proc, options.players_per_simulator
+        groups, seed = options.predictor_thread_per_gpu, int(seeds.generate_state(1)[0])
+        self.fleet = Fleet(env_id, simulators, players, groups, seed)
+        try:
+            for master, seed in zip(self.fleet.masters, seeds.spawn(groups), strict=True):
+                thread = threading.Thread(target=self.serve, args=(master, seed), daemon=True)
+                thread.start()
+                self.threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
-    def run(self) -> None:
-        """The thread."""
+    def serve(self, master: Master, seed: np.random.SeedSequence) -> None:
+        """A predictor thread: answer the simulators of one master until the queue is closed."""
         torch.set_num_threads(1)
         stream = contextlib.nullcontext()
         try:
-            if self.feed.device.type == "cuda":
-                stream = torch.cuda.stream(torch.cuda.Stream(self.feed.device))
+            if self.pinned:
+                stream = torch.cuda.stream(torch.cuda.Stream(self.device))
+            books = Books(master.num_players, self.options.local_time_max, self.options.gamma)
+            rng = np.random.default_rng(seed)
+            shape = (max(self.options.predict_batch_size, master.players), *STATE_SHAPE)
+            staging = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pinned)
             with stream:
                 while not self.queue.closed:
-                    self.serve()
+                    self.answer(master.receive(len(staging), POLL_MS), master, books, rng, staging)
         except BaseException as error:  # whatever it is ends the run, so the trainer must know
             self.error = error
             self.queue.close()
 
-    def serve(self) -> None:
-        """Answer what has arrived."""
-        messages = self.master.receive(self.batch_size, POLL_MS)
+    def answer(self, messages: list[Message], master, books, rng, staging: torch.Tensor) -> None:
+        """Enter messages into the books, choose actions for all their players, and reply."""
         states: list[np.ndarray] = []
         for message in messages:
-            self.feed.scores.extend(score for score, _ in message.finished)
-            for segment in self.books.observe(message):
+            self.scores.extend(score for score, _ in message.finished)
+            for segment in books.observe(message):
                 if not self.queue.put(segment):
                     return
-            states += self.books.newest_states(message.players)
+            states += books.newest_states(message.players)
         if not states:
             return
-        for place, state in zip(self.staging.numpy(), states, strict=False):
+        for place, state in zip(staging.numpy(), states, strict=False):
             np.copyto(place, state)
-        network, version, ready = self.feed.published  # after waiting for the queue: the newest
+        network, version, ready = self.published  # after waiting for the queue: the newest
         if ready is not None:
             torch.cuda.current_stream().wait_event(ready)
-        policy, value = predict(network, self.staging[: len(states)])
-        actions = sample_actions(policy, self.rng)
+        policy, value = predict(network, staging[: len(states)])
+        actions = sample_actions(policy, rng)
         probs = np.take_along_axis(policy, actions[:, None], axis=1)[:, 0]
-        first = 0
-        for message in messages:
-            part = slice(first, first + len(message.rewards))
-            self.master.reply(message, actions[part])
-            self.books.decide(message.players, actions[part], probs[part], value[part], version)
-            first = part.stop
-
-
-class Feed:
-    """What feeds the trainer: simulators, a predictor thread for each group of them, the queue."""
-
-    def __init__(self, env_id: str, options, learner: Learner, seeds: np.random.SeedSequence):
-        self.device = learner.device
-        self.scores: deque = deque(maxlen=LAST_SCORES)  # of finished training episodes
-        pinned = self.device.type == "cuda"
-        self.queue = ExperienceQueue(options.batch_size, options.queue_size, pinned)
-        self.publish(learner.network, learner.updates)
-        players = [options.players_per_simulator] * options.simulator_proc
-        groups = options.predictor_thread_per_gpu
-        self.predictors: list[Predictor] = []
-        self.fleet = Fleet(env_id, players, groups, int(seeds.generate_state(1)[0]))
-        try:
-            for master, seed in zip(self.fleet.masters, seeds.spawn(groups), strict=True):
-                self.predictors.append(Predictor(self, master, options, seed))
-                self.predictors[-1].start()
-        except BaseException:
-            self.close()
-            raise
+        for i, message in enumerate(messages):
+            part = slice(i * master.players, (i + 1) * master.players)
+            master.reply(message, actions[part])
+            books.decide(message.players, actions[part], probs[part], value[part], version)
 
     def publish(self, network: Network, version: int) -> None:
         """Let predictors use a copy of `network` from their next batch on.
@@ -202,20 +194,14 @@ class Feed:
         A predictor keeps the copy it has taken for a whole batch, and nobody ever changes it.
         """
         snapshot = copy.deepcopy(network).requires_grad_(False)
-        ready = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        ready = torch.cuda.current_stream().record_event() if self.pinned else None
         self.published = snapshot, version, ready  # one assignment: nobody sees half of it
 
     def check(self) -> None:
         """Raise what has ended a predictor or a simulator, if one has ended."""
-        for predictor in self.predictors:
-            if predictor.error is not None:
-                raise predictor.error
+        if self.error is not None:
+            raise self.error
         self.fleet.check()
-
-    def status(self) -> str:
-        """How far the way to a first batch is."""
-        there = f"{self.fleet.connected} of {len(self.fleet.processes)} simulators are there"
-        return f"{there}, {len(self.queue)} of {self.queue.batch_size} states"
 
     def mean_score(self) -> float | None:
         """Mean score of the last training episodes, as the game counts it."""
@@ -226,8 +212,8 @@ class Feed:
         """End threads and processes."""
         with undisturbed():
             self.queue.close()
-            for predictor in self.predictors:
-                predictor.join()
+            for thread in self.threads:
+                thread.join()
             self.fleet.close()
 
 

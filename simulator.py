@@ -97,33 +97,27 @@ class Message:
 class Master:
     """The end of the line of a group of simulators: one ROUTER socket, used by one thread.
 
-    simulators: the number of players by the simulator's index.
+    simulators: their indices; each has `players` players, which this master numbers from 0.
     """
 
-    def __init__(self, context: zmq.Context, address: str, simulators: dict[int, int]):
-        ends = np.cumsum(list(simulators.values())).tolist()
-        starts = [0, *ends[:-1]]
-        self.players = {
-            b"simulator-%d" % index: slice(start, end)
-            for index, start, end in zip(simulators, starts, ends, strict=True)
-        }
-        self.num_players = ends[-1]
-        self.most_players = max(simulators.values())
+    def __init__(self, context: zmq.Context, address: str, simulators: list[int], players: int):
+        self.places = {b"simulator-%d" % index: place for place, index in enumerate(simulators)}
+        self.players = players
+        self.num_players = len(simulators) * players
         self.connected: set[bytes] = set()
         self.dropped = 0  # messages that no simulator of this master can have sent
         self.socket = context.socket(zmq.ROUTER)
         self.socket.set_hwm(HIGH_WATER_MARK)  # before bind: later it would do nothing
-        self.socket.setsockopt(zmq.MAXMSGSIZE, self.most_players * FRAME_BYTES + 65536)
-        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, players * FRAME_BYTES + 65536)
         self.socket.bind(address)
 
     def receive(self, most: int, timeout_ms: int) -> list[Message]:
         """What has arrived, up to `most` players (one message at least); waits for the first."""
         messages: list[Message] = []
-        room = max(most, self.most_players)
+        room = max(most, self.players)
         if not self.socket.poll(timeout_ms):
             return messages
-        while room >= self.most_players:
+        while room >= self.players:
             try:
                 message = self.parse(self.socket.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
@@ -138,11 +132,10 @@ class Master:
 
     def parse(self, parts: list[bytes]) -> Message | None:
         """The message in these parts, or None if they are not one of a known simulator."""
-        if len(parts) != 3 or parts[0] not in self.players:
+        if len(parts) != 3 or parts[0] not in self.places:
             return None
         identity, header, pixels = parts
-        players = self.players[identity]
-        k = players.stop - players.start
+        k, first = self.players, self.places[identity] * self.players
         try:
             rewards, is_over, finished = msgpack.unpackb(header)
             rewards, is_over = np.array(rewards, np.float64), np.array(is_over, bool)
@@ -154,6 +147,7 @@ class Master:
             return None
         self.connected.add(identity)
         frames = np.frombuffer(pixels, np.uint8).reshape(k, *FRAME_SHAPE)
+        players = slice(first, first + k)
         return Message(identity, players, frames, rewards, is_over, finished)
 
     def reply(self, message: Message, actions: np.ndarray) -> None:
@@ -251,42 +245,37 @@ class Books:
 class Fleet:
     """Simulator processes, in groups with a master each, and their private socket directory.
 
-    players: how many players each simulator has; group i has every `groups`-th of them.
+    Group i has every `groups`-th simulator; each has `players` players.
     """
 
-    def __init__(self, env_id: str, players: list[int], groups: int, seed: int):
+    def __init__(self, env_id: str, simulators: int, players: int, groups: int, seed: int):
         self.directory = tempfile.mkdtemp(prefix="batch-a3c-")  # mode 0700: nobody else connects
         self.processes: list[subprocess.Popen] = []
-        self.masters: list[Master] = []
         self.context = zmq.Context()
         addresses = [f"ipc://{self.directory}/{group}" for group in range(groups)]
+        common = ["--env", env_id, "--players", str(players), "--seed", str(seed)]
         try:
-            for group, address in enumerate(addresses):
-                members = range(group, len(players), groups)
-                self.masters.append(Master(self.context, address, {i: players[i] for i in members}))
-            for index, count in enumerate(players):
-                settings = {"connect": addresses[index % groups], "env": env_id, "index": index}
-                self.start(settings | {"players": count, "seed": seed})
+            self.masters = [
+                Master(self.context, address, list(range(simulators))[group::groups], players)
+                for group, address in enumerate(addresses)
+            ]
+            for index in range(simulators):
+                self.start(["--connect", addresses[index % groups], "--index", str(index), *common])
         except BaseException as error:
             self.close()
             if isinstance(error, zmq.ZMQError):  # a long TMPDIR, for example
                 raise UserError(f"no sockets in {self.directory}: {error}") from error
             raise
 
-    def start(self, settings: dict) -> None:
+    def start(self, options: list[str]) -> None:
         """Start one simulator; its output goes to a file, its life hangs on a pipe."""
-        command = [sys.executable, os.path.abspath(__file__)]
-        command += [f"--{name}={value}" for name, value in settings.items()]
+        command = [sys.executable, os.path.abspath(__file__), *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        with open(self.error_file(settings["index"]), "wb") as output:
+        with open(f"{self.directory}/{len(self.processes)}.log", "wb") as output:
             streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
             # A session of its own: Ctrl-C is for the training process.
             process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         self.processes.append(process)
-
-    def error_file(self, index: int) -> str:
-        """Where simulator `index` writes what goes wrong."""
-        return os.path.join(self.directory, f"{index}.err")
 
     @property
     def connected(self) -> int:
@@ -298,7 +287,7 @@ class Fleet:
         for index, process in enumerate(self.processes):
             code = process.poll()
             if code is not None:
-                with open(self.error_file(index), errors="replace") as file:
+                with open(f"{self.directory}/{index}.log", errors="replace") as file:
                     words = [line.strip() for line in file if line.strip()]
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 raise UserError(f"simulator {index} {how}: {words[-1] if words else 'no message'}")
@@ -319,13 +308,12 @@ class Fleet:
 
 
 class VectorPlayers(Fleet):
-    """Players in simulator processes on all cores that step together, for evaluation."""
+    """At least `num_players` players in processes on all cores that step together."""
 
     def __init__(self, env_id: str, num_players: int, seed: int, check: Callable[[], None]):
         processes = min(num_players, os.cpu_count() or 1)
-        share, rest = divmod(num_players, processes)
-        super().__init__(env_id, [share + (i < rest) for i in range(processes)], 1, seed)
-        self.num_players, self.check_run = num_players, check
+        super().__init__(env_id, processes, -(-num_players // processes), 1, seed)
+        self.num_players, self.check_run = self.masters[0].num_players, check
         self.waiting: list[Message] = []
 
     def step(self, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

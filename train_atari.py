@@ -1,10 +1,16 @@
 #!/usr/bin/env python3
 """Batch-A3C on Atari games: train an agent, score it.
 
-./train_atari.py --env Breakout-v0 --gpu 0                                # train
-./train_atari.py --env Breakout-v0 --network a3c                          # train on a CPU
-./train_atari.py --load train_log/train-atari-Breakout-v0/checkpoint.pt   # go on with a run
-./train_atari.py --task eval --env Breakout-v0 --load Breakout-v0.npz --episode 100
+  train:         ./train_atari.py --env Breakout-v0 --gpu 0
+  on a CPU:      ./train_atari.py --env Breakout-v0 --network a3c
+  go on:         ./train_atari.py --load train_log/train-atari-Breakout-v0/checkpoint.pt
+  score a model: ./train_atari.py --task eval --env Breakout-v0 --load Breakout-v0.npz --episode 100
+
+A directory that already holds a run is refused, unless --load names its own checkpoint.pt: then
+that run goes on there, with its options but for those given anew.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (Ctrl-C) and 143 (SIGTERM) stopped after saving.
+Even with --seed a training run cannot be repeated to the bit: in which order players are served
+depends on the load of the machine.
 """
 
 import argparse
@@ -14,6 +20,7 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import time
@@ -52,35 +59,30 @@ LOG_SECONDS = 10
 STATES_PER_CORE = {"ba3c": 70, "a3c": 600}
 SIMULATOR_BYTES = 50e6
 
-EPILOG = """\
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (Ctrl-C) and 143 (SIGTERM) stopped after saving.
-Even with --seed a training run cannot be repeated to the bit: in which order players are served
-depends on the load of the machine."""
 RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz")
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "opencv-python-headless", "pyzmq", "msgpack")
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """A parser of numbers from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse tells it to the user
-    return parse
+def count(text: str) -> int:
+    """A whole number from 1."""
+    if not 0 < int(text) < 2**32:
+        raise ValueError
+    return int(text)
 
 
-count, seed = number(int, 1, 10**9), number(int, 0, 2**32 - 1)
-fraction, rate = number(float, 0, 1), number(float, 1e-12, 1e3)
+def positive(text: str) -> float:
+    """A finite number above zero."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def scheduled(text: str, epoch: int) -> float:
     """The value of a schedule, `VALUE,EPOCH:VALUE,...`, in `epoch`, counted from 1."""
     steps = [step.split(":") for step in ("1:" + text).split(",")]
-    values = sorted((count(first), number(float, 0, 1e3)(value)) for first, value in steps)
+    values = sorted((count(first), float(value)) for first, value in steps)
+    if not all(0 <= value < math.inf for _, value in values):
+        raise ValueError
     return [value for first, value in values if epoch >= first][-1]
 
 
@@ -93,10 +95,10 @@ def schedule(text: str) -> str:
 LEARNING = (  # option, type, default (None: what fits the machine), meaning
     ("batch_size", count, BATCH_SIZE, "new states per iteration"),
     ("local_time_max", count, LOCAL_TIME_MAX, "steps of an n-step return"),
-    ("gamma", fraction, GAMMA, "discount per step"),
+    ("gamma", positive, GAMMA, "discount per step"),
     ("learning_rate", schedule, LEARNING_RATE, "VALUE,EPOCH:VALUE,..."),
     ("entropy_beta", schedule, ENTROPY_BETA, "VALUE,EPOCH:VALUE,..."),
-    ("adam_epsilon", rate, ADAM_EPSILON, "epsilon of Adam in TensorFlow's form"),
+    ("adam_epsilon", positive, ADAM_EPSILON, "epsilon of Adam in TensorFlow's form"),
     ("steps_per_epoch", count, STEPS_PER_EPOCH, "iterations per epoch"),
     ("max_epoch", count, MAX_EPOCH, "epochs until the run is done"),
     ("eval_episode", count, EVAL_EPISODE, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
@@ -116,21 +118,16 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        epilog=EPILOG,
     )
     add = parser.add_argument
     add("--env", help="gymnasium id of an Atari game, such as Breakout-v0 (required)")
     add("--task", choices=TASKS, default="train", help="default: train")
     add("--gpu", help="number of the GPU; default: the first, or the CPU where there is none")
     add("--load", metavar="FILE", help="weights.npz to start from, or checkpoint.pt to go on with")
-    output = (
-        "where the run is kept (default train_log/train-atari-ENV). A directory that holds a run "
-    )
-    output += "is refused, unless --load names its checkpoint.pt: then that run goes on"
-    add("--output", metavar="DIR", help=output)
-    add("--episode", type=count, metavar="N", default=100, help="episodes to play (default 100)")
+    add("--output", metavar="DIR", help="of the run; default: train_log/train-atari-ENV")
+    add("--episode", type=count, metavar="N", help="episodes to play (default 100)")
     add("--network", choices=("ba3c", "a3c"), help="default: ba3c; a3c is small, for a CPU")
-    add("--seed", type=seed, metavar="N", help="of players, sampling, initialization")
+    add("--seed", type=count, metavar="N", help="of players, sampling, initialization")
     for title, options in (("what changes learning", LEARNING), ("what changes speed", SPEED)):
         group = parser.add_argument_group(title)
         for name, kind, default, text in options:
@@ -189,23 +186,13 @@ def count_actions(env_id: str) -> int:
         return int(env.action_space.n)
 
 
-def fit(network, path: str, actions: int, env_id: str):
-    """The network out of a file, which must be for as many actions as the game has."""
-    n = network.num_actions
-    if n != actions:
-        raise UserError(f"{path} is for a game with {n} actions; {env_id} has {actions}")
-    return network
-
-
 def open_run(path: str, goes_on: bool):
     """Make the directory of a run ours; returns its log file, open and locked."""
     present = [name for name in RUN_FILES if os.path.exists(os.path.join(path, name))]
     if present and not goes_on:
         checkpoint = os.path.join(path, "checkpoint.pt")
-        sentence = (
-            f"{path} holds a run ({', '.join(present)}): go on with it by --load {checkpoint}"
-        )
-        raise UserError(f"{sentence}, or name another --output", 2)
+        way = f"go on with it by --load {checkpoint}, or name another --output"
+        raise UserError(f"{path} holds a run ({', '.join(present)}): {way}", 2)
     try:
         os.makedirs(path, exist_ok=True)
         log_file = open(os.path.join(path, "log.log"), "a", buffering=1)  # noqa: SIM115
@@ -273,10 +260,8 @@ class Training:
             "device": f"{self.device}, {cores} cores, {o.predictor_thread_per_gpu} predictors",
             "players": f"{o.simulator_proc} processes x {o.players_per_simulator} = {players}",
             "epoch": f"{o.steps_per_epoch:,} iterations x {o.batch_size} = {states:,} states",
-            "policy lag": f"{lag:.1f} updates when the trainer binds",
+            "policy lag": f"{lag:.1f} updates when the trainer binds; with fewer players less",
         }
-        if lag > 3.5:
-            facts["policy lag"] += ": with fewer players it learns from a newer policy"
         if self.device.type == "cpu":
             rate = STATES_PER_CORE[network.kind] * cores
             facts["expect"] = f"about {rate} states/s, {states / rate / 3600:.1f} hours per epoch"
@@ -309,7 +294,6 @@ class Training:
         network = self.learner.network
         self.at["elapsed_s"] = time.monotonic() - self.began
         checkpoint = {"format": model.CHECKPOINT_FORMAT, "env": self.env_id, "options": self.chosen}
-        checkpoint |= {"network": network.kind, "num_actions": network.num_actions}
         checkpoint |= {"learner": self.learner.state_dict(), "rng": torch.get_rng_state()}
         checkpoint |= {"at": self.at, "stats": self.stats}
         self.write("checkpoint.pt", lambda file: torch.save(checkpoint, file))
@@ -326,9 +310,8 @@ class Training:
     def check(self) -> None:
         """Raise what should end the run, if there is something."""
         if self.signal is not None:
-            name = signal.Signals(self.signal).name
-            sentence = f"stopped by {name} in iteration {self.at['global_step']}"
-            raise UserError(sentence, 128 + self.signal)
+            what = f"stopped by {signal.Signals(self.signal).name}"
+            raise UserError(f"{what} in iteration {self.at['global_step']}", 128 + self.signal)
         self.feed.check()
 
     def run(self) -> None:
@@ -360,15 +343,11 @@ class Training:
     def run_epoch(self) -> None:
         """The iterations of an epoch that are not done yet."""
         at, steps, epoch = self.at, self.options.steps_per_epoch, self.at["epoch"] + 1
-        self.rates = {
-            "learning_rate": scheduled(self.options.learning_rate, epoch),
-            "entropy_beta": scheduled(self.options.entropy_beta, epoch),
-        }
+        names = ("learning_rate", "entropy_beta")
+        self.rates = {name: scheduled(getattr(self.options, name), epoch) for name in names}
         self.rows, self.shown, self.epoch_began = [], 0, time.monotonic()
-        disable = not sys.stderr.isatty()
-        self.bar = tqdm(
-            total=steps, initial=at["epoch_step"], desc=f"epoch {epoch}", disable=disable
-        )
+        self.bar = tqdm(total=steps, initial=at["epoch_step"], disable=not sys.stderr.isatty())
+        self.bar.set_description(f"epoch {epoch}")
         with self.bar:
             while at["epoch_step"] < steps:
                 batch, versions = self.next_batch()
@@ -388,7 +367,9 @@ class Training:
             self.check()
             if not self.rows and not self.unread and time.monotonic() - self.logged > 2:
                 self.logged = time.monotonic()
-                self.log(f"waiting for the first batch: {self.feed.status()}")
+                there = f"{self.feed.fleet.connected} of {self.options.simulator_proc} simulators"
+                states = f"{len(self.feed.queue)} of {self.options.batch_size} states"
+                self.log(f"waiting for the first batch: {there} and {states} are there")
         return batch
 
     def after_iteration(self) -> None:
@@ -406,11 +387,10 @@ class Training:
         """Read the metrics of the last iterations; FloatingPointError if one is not finite."""
         first = self.at["global_step"] - len(self.unread) + 1
         for step, (metrics, host) in enumerate(self.unread, first):
-            row = np.array([*metrics.tolist(), *host])
-            for name, value in zip(self.columns, row, strict=True):
-                if not np.isfinite(value):
-                    raise FloatingPointError(f"{name} is {value} in iteration {step}")
-            self.rows.append(row)
+            self.rows.append(np.array([*metrics.tolist(), *host]))
+            for i in np.flatnonzero(~np.isfinite(self.rows[-1])):
+                name, value = self.columns[i], self.rows[-1][i]
+                raise FloatingPointError(f"{name} is {value} in iteration {step}")
         self.unread = []
 
     def means(self, first: int, seconds: float) -> dict[str, float]:
@@ -431,9 +411,8 @@ class Training:
         self.shown, self.logged = len(self.rows), now
         self.add_scalars(m)
         score = "-" if m["train_score"] is None else f"{m['train_score']:.2f}"
-        queue = f"{m['queue_size']:.0f}/{self.options.queue_size}"
-        text = f"{m['states_per_s']:.0f} states/s, score {score}, queue {queue}"
-        text += f", lag {m['policy_lag']:.2f}"
+        queue = f"queue {m['queue_size']:.0f}/{self.options.queue_size}, lag {m['policy_lag']:.2f}"
+        text = f"{m['states_per_s']:.0f} states/s, score {score}, {queue}"
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             steps = f"{self.at['epoch_step']}/{self.options.steps_per_epoch}"
@@ -469,47 +448,54 @@ class Training:
         start = time.monotonic()
         seconds = EVAL_SHARE * (start - self.began) - self.at["evaluated_s"]
         seconds /= 1 - EVAL_SHARE  # evaluation is part of the time of the run
-        o, log = self.options, lambda text: self.log(f"evaluation: {text}")
-        log(f"{o.eval_episode} episodes in {seconds:.0f} s at most")
-        seed = o.seed + self.at["epoch"]
-        network = self.learner.network
-        done = score(self.env_id, network, o.eval_episode, seed, log, seconds, self.check)
+        episodes, seed = self.options.eval_episode, self.options.seed + self.at["epoch"]
+        network, log = self.learner.network, lambda text: self.log(f"evaluation: {text}")
+        log(f"{episodes} episodes in {seconds:.0f} s at most")
+        done = score(self.env_id, network, episodes, seed, log, seconds, self.check)
         self.at["evaluated_s"] += time.monotonic() - start
         result, cut = summary(done), sum(not episode.finished for episode in done)
         log(f"mean {result['mean']:.2f}, {cut} of {len(done)} episodes cut short")
+        mean = None if cut else result["mean"]  # what cut ones have so far says little
         best = self.at["best_score"]
-        if best is None or (not cut and result["mean"] > best):
-            self.at["best_score"] = None if cut else result["mean"]
+        if best is None or (mean is not None and mean > best):
+            self.at["best_score"] = mean
             self.write("model-best.npz", lambda file: save_weights(file, network))
-        if cut:  # what they have so far says little
-            return {}
-        return {"mean_score": result["mean"], "max_score": result["max"]}
+        return {"mean_score": mean, "max_score": None if cut else result["max"]}
+
+
+def load_for(env_id: str | None, path: str) -> tuple:
+    """Game, network, and checkpoint ({} for an .npz) out of a file, which must fit the game."""
+    actions = count_actions(env_id) if env_id else None
+    import model
+
+    network, saved = model.load(path)
+    if saved and env_id not in (None, saved["env"]):
+        raise UserError(f"{path} is a run of {saved['env']}, not of {env_id}", 2)
+    env_id = env_id or saved["env"]
+    n, actions = network.num_actions, actions or count_actions(env_id)
+    if n != actions:
+        raise UserError(f"{path} is for a game with {n} actions; {env_id} has {actions}")
+    return env_id, network, saved
 
 
 def task_train(given: dict) -> None:
     """--task train."""
-    load, output = given.pop("load", None), given.pop("output", None)
-    actions = count_actions(given["env"]) if "env" in given else None
+    load, output, saved = given.pop("load", None), given.pop("output", None), {}
+    env_id, gpu, kind = given.pop("env", None), given.pop("gpu", None), given.get("network")
+    if load is not None:
+        env_id, network, saved = load_for(env_id, load)
+        if kind not in (None, network.kind):
+            raise UserError(f"{load} holds the network {network.kind}, not {kind}")
+    actions = count_actions(env_id)
     import torch
 
     import model
 
-    device = find_device(given.pop("gpu", None))
-    saved = model.load_checkpoint(load) if load is not None and load.endswith(".pt") else {}
-    env_id = given.pop("env", saved.get("env"))
-    if saved and env_id != saved["env"]:
-        raise UserError(f"{load} is a run of {saved['env']}, not of {env_id}", 2)
-    actions = actions or count_actions(env_id)
-    chosen = {"seed": random_seed()} | saved.get("options", {}) | given
+    device = find_device(gpu)
+    chosen = {"seed": secrets.randbits(32)} | saved.get("options", {}) | given
     torch.manual_seed(chosen["seed"])
-    kind = given.get("network")
     if load is None:
         network = model.Network(kind or "ba3c", actions)
-    else:
-        network = model.checkpoint_network(saved) if saved else model.load_weights(load)
-        fit(network, load, actions, env_id)
-        if kind not in (None, network.kind):
-            raise UserError(f"{load} holds the network {network.kind}, not {kind}")
     chosen["network"] = network.kind
     path = os.path.join("train_log", "train-atari-" + re.sub(r"[^\w.-]", "-", env_id))
     if saved:
@@ -519,26 +505,16 @@ def task_train(given: dict) -> None:
 
 def task_eval(given: dict) -> None:
     """--task eval."""
-    if "load" not in given or "env" not in given:
-        raise UserError("--task eval needs --env and --load FILE", 2)
-    env_id, path = given["env"], given["load"]
-    actions = count_actions(env_id)
-    import model
+    if "load" not in given:
+        raise UserError("--task eval needs --load FILE", 2)
+    start, seed = time.monotonic(), given.get("seed", secrets.randbits(32))
+    env_id, network, _ = load_for(given.get("env"), given["load"])
     from predictor import score
 
-    saved = path.endswith(".pt")
-    network = model.checkpoint_network(model.load_checkpoint(path)) if saved else None
-    network = fit(network or model.load_weights(path), path, actions, env_id)
     network.to(find_device(given.get("gpu")))
-    start, seed = time.monotonic(), given.get("seed", random_seed())
-    episodes = score(env_id, network, given["episode"], seed, log=print)
+    episodes = score(env_id, network, given.get("episode", 100), seed, log=print)
     result = summary(episodes) | {"seconds": round(time.monotonic() - start, 1)}
     print(tabulate(result.items()))
-
-
-def random_seed() -> int:
-    """A seed for those who give none."""
-    return int.from_bytes(os.urandom(4), "little")
 
 
 TASKS = {"train": task_train, "eval": task_eval}

@@ -150,6 +150,12 @@ def test_every_episode_that_starts_counts():
     assert summary(done)["episodes"] == 5
 
 
+def test_more_players_than_episodes():
+    players = Scripted(4, lambda player, episode: 3 + player)
+    *_, done = evaluate(players, uniform, episodes=2, seed=0, seconds=1e9)
+    assert done == [Episode(3, 3, True), Episode(4, 4, True)]
+
+
 def test_when_the_time_is_over_episodes_are_cut_short():
     players = Scripted(3, lambda player, episode: 10**9)
     *_, done = evaluate(players, uniform, episodes=30, seed=0, seconds=0.2)
@@ -165,8 +171,8 @@ def test_actions_are_greedy_but_for_one_in_a_hundred():
 
 
 def test_unknown_game_gets_the_nearest_names():
-    with pytest.raises(UserError, match=r"no game beemridr-v0.*BeamRider-v0") as caught:
-        make_env("beemridr-v0")
+    with pytest.raises(UserError, match=r"no game Beemridr-v0.*BeamRider-v0") as caught:
+        make_env("Beemridr-v0")
     assert caught.value.code == 2
 
 

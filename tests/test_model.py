@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import model
-from model import Batch, Learner, Network, WeightFileError, load_weights, save_weights
+from model import Batch, Learner, Network, WeightFileError, load, save_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "golden_A4.npz"
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def golden():
 def learner(tmp_path):
     weights, _ = golden_arrays()
     np.savez(tmp_path / "golden.npz", **weights)
-    return Learner(load_weights(str(tmp_path / "golden.npz")), CPU, adam_epsilon=1e-3, threads=2)
+    return Learner(load(str(tmp_path / "golden.npz"))[0], CPU, adam_epsilon=1e-3, threads=2)
 
 
 def tensorpack_arrays(network, values=None):
@@ -149,7 +149,7 @@ def test_files_have_tensorpacks_names_and_layouts(tmp_path, kind, shapes):
     with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
         assert {name: arrays[name].shape for name in arrays.files} == shapes
         assert {arrays[name].dtype for name in arrays.files} == {np.dtype(np.float32)}
-    again = load_weights(str(tmp_path / "x.npz"))
+    again = load(str(tmp_path / "x.npz"))[0]
     assert (again.kind, again.num_actions) == (kind, network.num_actions)
     for a, b in zip(network.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -162,10 +162,10 @@ def test_files_of_the_zoo_load(tmp_path, golden):
     zoo |= {"conv0/W/Adam:0": weights["conv0/W"], "global_step:0": np.array(1234)}
     np.savez(tmp_path / "zoo.npz", **zoo)
     with torch.no_grad():
-        logits, _ = load_weights(str(tmp_path / "zoo.npz"))(batch.states)
+        logits, _ = load(str(tmp_path / "zoo.npz"))[0](batch.states)
     np.testing.assert_allclose(logits.numpy(), golden["logits"], rtol=1e-4, atol=1e-5)
     np.savez(tmp_path / "half.npz", **{name: a.astype(np.float16) for name, a in weights.items()})
-    half = tensorpack_arrays(load_weights(str(tmp_path / "half.npz")))
+    half = tensorpack_arrays(load(str(tmp_path / "half.npz"))[0])
     np.testing.assert_allclose(half["fc0/W"], weights["fc0/W"], atol=1e-3)
 
 
@@ -198,12 +198,12 @@ def test_unusable_files_get_a_sentence_and_run_no_code(tmp_path, monkeypatch):
     assert len(names) == 10
     for name in names | {"not-there"}:
         with pytest.raises(WeightFileError) as caught:
-            load_weights(f"{name}.npz")
+            load(f"{name}.npz")[0]
         assert f"{name}.npz" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(WeightFileError, match="no variable conv3/W"):
-        load_weights("missing.npz")
+        load("missing.npz")[0]
     with pytest.raises(WeightFileError, match=r"conv1/W.*\(5, 5, 32, 31\).*\(5, 5, 32, 32\)"):
-        load_weights("shape.npz")
+        load("shape.npz")[0]
     assert not Path("evil-code-ran").exists()
 
 
@@ -215,7 +215,7 @@ def test_unusable_checkpoints_get_a_sentence_and_run_no_code(tmp_path, monkeypat
     Path("truncated.pt").write_bytes(Path("foreign.pt").read_bytes()[:200])
     for name in ("foreign.pt", "evil.pt", "pickle.pt", "truncated.pt", "not-there.pt"):
         with pytest.raises(WeightFileError, match=name):
-            model.load_checkpoint(name)
+            load(name)
     assert not Path("evil-code-ran").exists()
 
 

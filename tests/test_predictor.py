@@ -10,7 +10,7 @@ import torch
 
 from model import Learner, Network
 from predictor import ExperienceQueue, Feed, predict, sample_actions
-from simulator import Segment
+from simulator import Books, Segment
 from tests.games import Count
 
 
@@ -183,7 +183,7 @@ def test_states_actions_rewards_and_players_stay_together():
     assert all(len(episodes) > 20 for episodes in episodes_of.values())
 
 
-def test_a_prediction_uses_one_version_and_says_which():
+def test_a_prediction_uses_one_version_and_says_which(monkeypatch):
     """Value and all logits are the version number: whatever is torn or mislabelled shows."""
     network = Network("a3c", 4)
 
@@ -195,17 +195,15 @@ def test_a_prediction_uses_one_version_and_says_which():
             network.fc_pi.bias.copy_(torch.tensor([0.0, 0.0, 0.0, version / 100]))
 
     set_version(0)
+    decide, seen = Books.decide, []
+
+    def record(books, players, actions, probs, values, version):
+        seen.append((set(np.asarray(values).tolist()), version))
+        decide(books, players, actions, probs, values, version)
+
+    monkeypatch.setattr(Books, "decide", record)
     feed = make_feed(network)
     segments = watch(feed)
-    seen = []
-    for predictor in feed.predictors:
-        decide = predictor.books.decide
-
-        def record(players, actions, probs, values, version, decide=decide):
-            seen.append((set(np.asarray(values).tolist()), version))
-            decide(players, actions, probs, values, version)
-
-        predictor.books.decide = record
     try:
         deadline, version = time.monotonic() + 60, 0
         while (version < 300 or len(seen) < 300) and time.monotonic() < deadline:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model import load_checkpoint, load_weights
+from model import load
 from train_atari import complete, scheduled
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +80,7 @@ def test_what_a_run_leaves(trained):
     log = (path / "log.log").read_text()
     for text in ("3 actions", "685,364 parameters", "2 processes x 8 = 16", "19,200 states"):
         assert text in output and text in log
-    assert load_weights(str(path / "model-best.npz")).num_actions == 3
+    assert load(str(path / "model-best.npz"))[0].num_actions == 3
 
 
 def test_eval_repeats_itself_and_takes_both_kinds_of_files(trained):
@@ -111,7 +111,7 @@ def test_resume(tmp_path):
     path = tmp_path / "run"
     first = run(*CATCH, *TINY, "--max-epoch", 2, "--output", path)
     assert first.returncode == 0, first.stderr
-    saved = load_checkpoint(str(path / "checkpoint.pt"))
+    saved = load(str(path / "checkpoint.pt"))[1]
     assert saved["at"]["global_step"] == saved["learner"]["updates"] == 20
     resumed = run("--load", path / "checkpoint.pt", "--max-epoch", 3)
     assert resumed.returncode == 0, resumed.stderr
@@ -120,7 +120,7 @@ def test_resume(tmp_path):
     assert [epoch["epoch_num"] for epoch in stats] == [1, 2, 3]
     assert [epoch["global_step"] for epoch in stats] == [10, 20, 30]
     assert stats[:2] == saved["stats"]
-    again = load_checkpoint(str(path / "checkpoint.pt"))
+    again = load(str(path / "checkpoint.pt"))[1]
     assert again["learner"]["updates"] == 30 and again["options"]["batch_size"] == 16
     # Once more, elsewhere: the first run stays as it is.
     other = tmp_path / "other"
@@ -137,8 +137,8 @@ def test_new_run_from_weights(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     stats = json.loads((path / "stats.json").read_text())
     assert stats[0]["global_step"] == 10  # a new run
-    old, new = (load_weights(str(p / "model-latest.npz")) for p in (trained[0], path))
-    best = load_weights(str(trained[0] / "model-best.npz"))
+    old, new = (load(str(p / "model-latest.npz"))[0] for p in (trained[0], path))
+    best = load(str(trained[0] / "model-best.npz"))[0]
     for a, b in zip(best.parameters(), new.parameters(), strict=True):
         np.testing.assert_allclose(a.detach(), b.detach(), atol=1e-8)
     assert new.kind == old.kind == "a3c"
@@ -180,7 +180,7 @@ def test_a_signal_saves_and_leaves_nothing(tmp_path, signum, code):
     assert process.returncode == code
     assert errors.count("\n") == 1 and f"stopped by {signum.name}" in errors
     assert not simulators(sockets) and not list(sockets.glob("batch-a3c-*"))
-    steps = load_checkpoint(str(tmp_path / "run" / "checkpoint.pt"))["at"]["global_step"]
+    steps = load(str(tmp_path / "run" / "checkpoint.pt"))[1]["at"]["global_step"]
     assert steps > 0
     # The run goes on in the middle of its epoch.
     at = ("--load", tmp_path / "run" / "checkpoint.pt", "--steps-per-epoch", steps + 5)
@@ -207,12 +207,12 @@ def test_an_error_in_a_simulator_ends_the_run(tmp_path):
     [
         ((), 2, "--env is required"),
         (("--env", "Brekout-v0"), 2, "nearest names: Breakout-v0"),
-        (("--env", "CartPole-v1"), 2, "no RGB frames"),
+        (("--env", "CartPole-v1"), 2, "no game with RGB frames"),
         (("--env", "Pong-v0", "--gpu", "99"), 2, "CUDA devices"),
         (("--env", "Pong-v0", "--gpu", "x"), 2, "CUDA devices"),
         (("--env", "Pong-v0", "--simulator-proc", "0"), 2, "simulator-proc"),
         (("--env", "Pong-v0", "--batch-size", "-1"), 2, "batch-size"),
-        (("--env", "Pong-v0", "--gamma", "nan"), 2, "nan is not from 0 to 1"),
+        (("--env", "Pong-v0", "--gamma", "nan"), 2, "invalid positive value: 'nan'"),
         (("--env", "Pong-v0", "--seed", "-1"), 2, "seed"),
         (("--env", "Pong-v0", "--seed", str(2**70)), 2, "seed"),
         (("--env", "Pong-v0", "--players-per-simulator", "50000000"), 2, "GB of memory"),
