@@ -40,12 +40,11 @@ class ExperienceQueue:
         # What waits (size, and the rest of a segment that was let in last), and what is trained on.
         self.capacity = batch_size * (-(-size // batch_size) + 2)
         shape = (self.capacity, *STATE_SHAPE)
-        self.states = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        self.actions = torch.zeros(self.capacity, dtype=torch.int64)
-        self.action_probs, self.future_rewards = torch.zeros(2, self.capacity)
+        states = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        actions = torch.zeros(self.capacity, dtype=torch.int64)
+        self.store = Batch(states, actions, *torch.zeros(2, self.capacity))
         self.versions = np.zeros(self.capacity, np.int64)
-        columns = (self.actions, self.action_probs, self.future_rewards)
-        self.arrays = [column.numpy() for column in columns]
+        self.arrays = [*(column.numpy() for column in self.store), self.versions]
         self.put_count = 0  # states that ever came in
         self.got_count = 0  # states that ever went out
         self.closed = False
@@ -65,13 +64,10 @@ class ExperienceQueue:
             if self.closed:
                 return False
             places = np.arange(self.put_count, self.put_count + len(segment.states)) % self.capacity
-            states = self.states.numpy()
             for place, state in zip(places, segment.states, strict=True):
-                states[place] = state
-            values = (segment.actions, segment.action_probs, segment.future_rewards)
-            for array, value in zip(self.arrays, values, strict=True):
-                array[places] = value
-            self.versions[places] = segment.versions
+                self.arrays[0][place] = state
+            for array, column in zip(self.arrays[1:], segment[1:], strict=True):
+                array[places] = column
             self.put_count += len(places)
             self.changed.notify_all()
             return True
@@ -89,8 +85,7 @@ class ExperienceQueue:
             self.got_count += self.batch_size
             self.changed.notify_all()
             rows = slice(start, start + self.batch_size)
-            columns = (self.states, self.actions, self.action_probs, self.future_rewards)
-            return Batch(*(column[rows] for column in columns)), self.versions[rows]
+            return Batch(*(column[rows] for column in self.store)), self.versions[rows]
 
     def close(self) -> None:
         """Wake everybody up; nothing goes in or out any more."""

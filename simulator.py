@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgpack
 import numpy as np
@@ -82,8 +82,7 @@ def simulate(address: str, env_id: str, index: int, num_players: int, seed: int)
                 frames[i] = player.reset()
 
 
-@dataclass
-class Message:
+class Message(NamedTuple):
     """One step of all players of a simulator."""
 
     identity: bytes
@@ -114,20 +113,16 @@ class Master:
     def receive(self, most: int, timeout_ms: int) -> list[Message]:
         """What has arrived, up to `most` players (one message at least); waits for the first."""
         messages: list[Message] = []
-        room = max(most, self.players)
-        if not self.socket.poll(timeout_ms):
-            return messages
-        while room >= self.players:
-            try:
-                message = self.parse(self.socket.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                break
-            if message is None:
-                self.dropped += 1
-                room -= 1  # so that a flood of them cannot keep this loop from its players
-                continue
-            messages.append(message)
-            room -= len(message.rewards)
+        if self.socket.poll(timeout_ms):
+            for _ in range(max(1, most // self.players)):
+                try:
+                    message = self.parse(self.socket.recv_multipart(zmq.NOBLOCK))
+                except zmq.Again:
+                    break
+                if message is None:
+                    self.dropped += 1
+                else:
+                    messages.append(message)
         return messages
 
     def parse(self, parts: list[bytes]) -> Message | None:
@@ -155,8 +150,7 @@ class Master:
         self.socket.send_multipart([message.identity, msgpack.packb(actions.tolist())])
 
 
-@dataclass
-class Segment:
+class Segment(NamedTuple):
     """Consecutive states of one player, newest first, with their n-step returns."""
 
     states: list[np.ndarray]  # views of the books, valid until the player's next state but one

@@ -118,15 +118,11 @@ def watch(feed):
 
     def record(segment):
         copies = [state.copy() for state in segment.states]
-        segments.append(Segment(copies, *vars_of(segment)))
+        segments.append(Segment(copies, *segment[1:]))
         return put(segment)
 
     feed.queue.put = record
     return segments
-
-
-def vars_of(segment):
-    return segment.actions, segment.action_probs, segment.future_rewards, segment.versions
 
 
 def drain(feed, states):
