@@ -264,7 +264,7 @@ class Training:
         }
         if self.device.type == "cpu":
             rate = STATES_PER_CORE[network.kind] * cores
-            facts["expect"] = f"about {rate} states/s, {states / rate / 3600:.1f} hours per epoch"
+            facts["expect"] = f"about {rate} states/s, {states / rate / 3600:.2g} hours per epoch"
             if network.kind == "ba3c":
                 facts["expect"] += "; --network a3c is several times faster on a CPU"
         self.log("training\n" + tabulate(facts.items()))
