@@ -16,8 +16,8 @@ CHECKPOINT_FORMAT = "batch-a3c 1"
 STATE_SHAPE = (84, 84, 12)  # row, column, history * 3 + rgb (oldest frame first)
 LOSSES = ("policy_loss", "xentropy_loss", "value_loss", "cost")
 METRICS = (*LOSSES, "importance", "rms_advantage", "predict_reward", "grad_norm")
-# On a CPU a batch is cut into parts of this many states, one thread each: their activations stay
-# in the caches, and threads that never wait for each other lose least to the busy players.
+# On a CPU a batch is cut into parts of at most this many states, one thread each: their activations
+# stay in the caches, and threads that never wait for each other lose least to the busy players.
 CPU_PART = 32
 
 
@@ -134,7 +134,7 @@ class Learner:
         self.network = network.to(device)
         self.device = device
         self.adam_epsilon = adam_epsilon
-        self.updates = 0
+        self.updates, self.threads = 0, threads
         self.parameters = list(network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, fused=True)
         self.cuda = device.type == "cuda"
@@ -178,7 +178,8 @@ class Learner:
         if self.cuda:
             results = [part_gradients(batch)]
         else:
-            results = list(self.pool.map(part_gradients, batch.split(CPU_PART)))
+            part = min(CPU_PART, max(8, -(-len(batch.actions) // self.threads)))
+            results = list(self.pool.map(part_gradients, batch.split(part)))
         columns = zip(*(gradients for _, gradients in results), strict=True)
         return sum(terms for terms, _ in results), [sum(parts[1:], parts[0]) for parts in columns]
 

@@ -50,6 +50,7 @@ EVAL_EPOCH = 3  # epochs from one evaluation to the next
 SIMULATOR_PROC = 50
 PREDICT_BATCH_SIZE = 15
 PREDICTOR_THREAD_PER_GPU = 3
+CPU_PREDICTORS = 4  # at most: with more the batches get too small
 CPU_PLAYERS = 32  # in all: on a CPU few processes with several players each cost least
 # What a run does beside.
 EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
@@ -107,7 +108,7 @@ SPEED = (
     ("simulator_proc", count, None, f"simulator processes; {SIMULATOR_PROC}, CPU: 2 per core"),
     ("players_per_simulator", count, None, f"1; on a CPU, so many that all are {CPU_PLAYERS}"),
     ("predict_batch_size", count, PREDICT_BATCH_SIZE, "most states in one prediction"),
-    ("predictor_thread_per_gpu", count, None, f"{PREDICTOR_THREAD_PER_GPU}; CPU: 1 per core"),
+    ("predictor_thread_per_gpu", count, None, f"{PREDICTOR_THREAD_PER_GPU}; CPU: 1 per core to 4"),
     ("queue_size", count, None, "states that may wait for the trainer; default: a batch"),
 )
 
@@ -144,7 +145,10 @@ def find_device(gpu: str | None):
     if gpu is None:
         return torch.device("cuda:0" if available else "cpu")
     if not gpu.isdecimal() or int(gpu) >= available:
-        raise UserError(f"--gpu {gpu}: give the number of one of {available} CUDA devices here", 2)
+        there = (
+            f"CUDA devices 0 to {available - 1}" if available else "no CUDA device, only the CPU"
+        )
+        raise UserError(f"--gpu {gpu}: there is {there}; --gpu takes one number", 2)
     torch.cuda.set_device(int(gpu))
     return torch.device("cuda", int(gpu))
 
@@ -158,7 +162,8 @@ def complete(chosen: dict, on_cpu: bool) -> argparse.Namespace:
     each = max(1, CPU_PLAYERS // o.simulator_proc) if on_cpu else 1
     o.players_per_simulator = o.players_per_simulator or each
     players = o.simulator_proc * o.players_per_simulator
-    threads = min(cores if on_cpu else PREDICTOR_THREAD_PER_GPU, o.simulator_proc)
+    threads = min(cores, CPU_PREDICTORS) if on_cpu else PREDICTOR_THREAD_PER_GPU
+    threads = min(threads, o.simulator_proc)
     o.predictor_thread_per_gpu = o.predictor_thread_per_gpu or threads
     o.queue_size = o.queue_size or o.batch_size
     if "predict_batch_size" not in chosen:
