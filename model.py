@@ -140,6 +140,8 @@ class Learner:
         self.cuda = device.type == "cuda"
         if self.cuda:
             torch.set_float32_matmul_precision("high")  # TF32; convolutions use it by default
+        # Each thread for itself: a team of threads would wait for members that have no core.
+        torch.set_num_threads(1)
         self.pool = ThreadPoolExecutor(threads, "trainer", lambda: torch.set_num_threads(1))
 
     def update(self, batch: Batch, learning_rate: float, entropy_beta: float) -> torch.Tensor:

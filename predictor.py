@@ -216,13 +216,13 @@ def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: 
     """Evaluate a network on all cores, with progress; returns a list of common.Episode."""
     start = logged = time.monotonic()
     cores = os.cpu_count() or 1
-    torch.set_num_threads(cores)  # of this thread; the others have one each
     # With little time, few players: so that at least their episodes come to an end.
     side_by_side = int(min(episodes, EVAL_PLAYERS, max(cores, seconds / 10)))
 
     def policy_of(states: np.ndarray) -> np.ndarray:
         return predict(network, torch.from_numpy(states))[0]
 
+    torch.set_num_threads(cores)  # of this thread; while the players wait, the cores are free
     players = VectorPlayers(env_id, side_by_side, seed, check)
     bar = tqdm(total=episodes, desc="evaluation", disable=not sys.stderr.isatty())
     with contextlib.closing(players), bar:
@@ -232,4 +232,5 @@ def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: 
             if bar.disable and time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()
                 log(f"{len(done)} of {episodes} episodes")
+    torch.set_num_threads(1)
     return done
