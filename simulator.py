@@ -40,14 +40,16 @@ END_SECONDS = 2.0  # how long simulators have to end by themselves
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C and its like off from a clean-up (of the main thread)."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.signal(signum, signal.SIG_IGN) for signum in signals]
+    """Let Ctrl-C and its like wait for the end of a clean-up (in the main thread)."""
+    signals, caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), []
+    handlers = [signal.signal(s, lambda signum, frame: caught.append(signum)) for s in signals]
     try:
         yield
     finally:
         for signum, handler in zip(signals, handlers, strict=True):
             signal.signal(signum, handler)
+        for signum in caught[:1]:
+            signal.raise_signal(signum)
 
 
 def end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import zmq
 
 from common import UserError
-from simulator import FRAME_BYTES, Books, Fleet, Master, Message, VectorPlayers
+from simulator import FRAME_BYTES, Books, Fleet, Master, Message, VectorPlayers, undisturbed
 
 NSTEP = json.loads((Path(__file__).parent / "golden" / "nstep.json").read_text())
 
@@ -180,6 +181,16 @@ def test_fleet_is_private_and_leaves_nothing():
         fleet.close()
     assert not directory.exists()
     assert not any(alive(process) for process in fleet.processes)
+
+
+def test_a_signal_in_a_clean_up_waits_for_its_end():
+    steps = []
+    with pytest.raises(KeyboardInterrupt), undisturbed(), undisturbed():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        steps.append("cleaned up")
+    assert steps == ["cleaned up"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_simulators_end_when_their_parent_is_killed():
