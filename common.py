@@ -1,13 +1,17 @@
-"""Players, and what is done with them without training: stacking, scoring, files.
+"""Players, and what is done with them without training: playing, scoring, recording, submissions.
 
 Nothing here imports torch: simulator processes must start fast and stay small. A network is only a
 function from states to policies.
 """
 
 import contextlib
+import datetime
 import difflib
+import json
 import os
 import re
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +28,7 @@ FRAME_SHAPE = (*IMAGE_SIZE, 3)
 STATE_SHAPE = (*IMAGE_SIZE, 3 * FRAME_HISTORY)
 MAX_EPISODE_STEPS = 10_000  # agent steps; ale-py itself sets no limit for the -v0 games
 RANDOM_ACTIONS = 0.01  # share of random actions in playing and evaluation
+VIDEO_FPS = 20  # agent steps per second: the games have 60 frames, a step of -v0 takes 3 on average
 
 cv2.setNumThreads(1)  # the processes share the cores; a resize is too small to share
 gymnasium.register_envs(ale_py)
@@ -38,18 +43,23 @@ class UserError(Exception):
         self.code = code
 
 
-def make_env(env_id: str, **render) -> gymnasium.Env:
+def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
     """The gymnasium environment `env_id` (`module:id` imports its module first).
 
     Raises UserError where there is none, or where it does not fit: an agent here sees RGB frames
-    and chooses one of a number of actions.
+    and chooses one of a number of actions. With `window` it shows itself, at the game's speed.
     """
+    render = {"render_mode": "human"} if window else {}
+    if window and sys.platform == "linux":  # without a display SDL would play where nobody sees it
+        os.environ.setdefault("SDL_VIDEODRIVER", "wayland,x11")
     try:
         with warnings.catch_warnings():  # that -v0 is out of date is the user's choice
             warnings.simplefilter("ignore")
             # The checker would look at every observation of every step: a fifth of its time.
             env = gymnasium.make(env_id, disable_env_checker=True, **render)
     except Exception as error:  # whatever a game or its module does when it starts
+        if window:
+            raise UserError(f"no window can be opened for {env_id}: {error}") from error
         games = [name for name in gymnasium.registry if re.fullmatch(r"\w+(?<!Frameskip)-v0", name)]
         nearest = ", ".join(difflib.get_close_matches(env_id, games, cutoff=0.4) or games[:3])
         reason = str(error).partition("\n")[0]
@@ -76,6 +86,7 @@ class Player:
         self.fires_on_reset = "FIRE" in meanings
         self.score = 0.0  # of this episode, as the game counts it
         self.length = 0  # agent steps of this episode
+        self.screen = np.empty(0)  # the newest frame, as the game gave it
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """Start an episode; returns its first frame.
@@ -89,6 +100,7 @@ class Player:
             frame, _, terminated, truncated, _ = self.env.step(action)
             if terminated or truncated:
                 frame, _ = self.env.reset()
+        self.screen = frame
         return cv2.resize(frame, IMAGE_SIZE)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool]:
@@ -96,25 +108,26 @@ class Player:
 
         A lost life is not the end; the limit of steps is one like any other.
         """
-        frame, reward, terminated, truncated, _ = self.env.step(action)
+        self.screen, reward, terminated, truncated, _ = self.env.step(action)
         self.score += float(reward)
         self.length += 1
         is_over = terminated or truncated or self.length >= self.max_steps
-        return cv2.resize(frame, IMAGE_SIZE), float(reward), bool(is_over)
+        return cv2.resize(self.screen, IMAGE_SIZE), float(reward), bool(is_over)
 
 
-def stack_frame(previous: np.ndarray | None, frame: np.ndarray, out: np.ndarray) -> None:
-    """Write into `out` the state that follows `previous` when `frame` arrives.
+def stack_frames(previous: np.ndarray, frames: np.ndarray, fresh, out: np.ndarray) -> None:
+    """Write into `out` the states that follow `previous` when `frames` arrive.
 
-    previous: (84, 84, 12) uint8, or None at the start of an episode, when the three missing frames
-    are zero; frame: (84, 84, 3); out: (84, 84, 12), contiguous, another array than `previous`.
+    previous, out: different arrays (n, 84, 84, 12) uint8, contiguous; frames: (n, 84, 84, 3);
+    fresh: (n,) bool, where an episode starts: there the three missing frames are zero.
     """
-    if previous is None:
-        out.fill(0)
-    else:  # all channels one frame down: a single copy of memory, then the newest three are wrong
-        np.copyto(out.reshape(-1)[:-3], previous.reshape(-1)[3:])
-    last = out.shape[-1] - 3
-    cv2.mixChannels([frame], [out], [0, last, 1, last + 1, 2, last + 2])
+    # All channels one frame down: a single copy of memory, which is wrong only in the newest three.
+    np.copyto(out.reshape(-1)[:-3], previous.reshape(-1)[3:])
+    last, row = out.shape[-1] - 3, (-1, out.shape[-2])
+    newest = [0, last, 1, last + 1, 2, last + 2]
+    cv2.mixChannels([frames.reshape(*row, 3)], [out.reshape(*row, last + 3)], newest)
+    if any(fresh):
+        out[np.asarray(fresh), ..., :last] = 0
 
 
 class Episode(NamedTuple):
@@ -166,8 +179,7 @@ def evaluate(
     done: list[Episode] = []
     frames, rewards, is_over = players.step(None)
     while playing.any():
-        for i in range(n):
-            stack_frame(None if fresh[i] else states[i], frames[i], spare[i])
+        stack_frames(states, frames, fresh, spare)
         states, spare = spare, states
         frames, rewards, is_over = players.step(greedy_actions(policy_of(states), rng))
         score += rewards
@@ -182,16 +194,179 @@ def evaluate(
         yield done
 
 
-def write_file(path: str, save: Callable) -> None:
-    """Let `save(file)` write a file that takes the place of `path` when it is whole and on disk."""
-    temporary = f"{path}.tmp"
+class Video:
+    """An .mp4 that browsers play, encoded frame by frame while it is recorded.
+
+    It takes its place when it is finished. OSError where that is not possible.
+    """
+
+    def __init__(self, path: str, screen: np.ndarray):
+        import imageio_ffmpeg  # brings an encoder along; simulators do without
+
+        self.path, self.partial = path, hidden(path, "partial.mp4")
+        size, even = f"{screen.shape[1]}x{screen.shape[0]}", "pad=ceil(iw/2)*2:ceil(ih/2)*2"
+        source = f"-f rawvideo -pix_fmt rgb24 -s {size} -r {VIDEO_FPS} -i -"
+        target = f"-c:v libx264 -pix_fmt yuv420p -vf {even} -movflags +faststart"
+        program = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
+        command = [*program, *source.split(), *target.split(), self.partial]
+        version = imageio_ffmpeg.get_ffmpeg_version()
+        self.encoder = {"backend": "ffmpeg", "version": version, "cmdline": command}
+        # A session of its own: Ctrl-C is for the playing process.
+        pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+        self.process = subprocess.Popen(command, **pipes)
+
+    def write(self, screen: np.ndarray) -> None:
+        """Add a frame (rows, columns, 3) uint8."""
+        try:
+            self.process.stdin.write(np.ascontiguousarray(screen))
+        except BrokenPipeError:
+            self.finish()  # the encoder says why
+
+    def finish(self) -> None:
+        """Let the file take its place."""
+        _, words = self.process.communicate()
+        if self.process.returncode != 0:
+            raise OSError(f"no video {self.path}: {words.decode(errors='replace').strip()}")
+        os.replace(self.partial, self.path)
+
+    def drop(self) -> None:
+        """End the encoder, and remove what is not finished."""
+        self.process.kill()
+        self.process.communicate()
+        with contextlib.suppress(OSError):
+            os.unlink(self.partial)
+
+
+class Recorder:
+    """A player of this process, as `evaluate` wants it, that records some of its episodes.
+
+    path_of: episode, counted from 0 -> path of its .mp4, or None. A video has one frame per agent
+    step, what the game showed after it.
+    """
+
+    num_players = 1
+
+    def __init__(self, env_id: str, seed: int, path_of: Callable[[int], str | None]):
+        self.player = Player(make_env(env_id))
+        self.seed, self.path_of = seed, path_of
+        self.video: Video | None = None
+        self.finished: dict[int, Video] = {}  # by episode
+        self.times = [time.time()]  # of the first reset, and of the end of each episode
+
+    def step(self, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As VectorPlayers.step."""
+        if actions is None:
+            return self.player.reset(seed=self.seed)[None], np.zeros(1), np.zeros(1, bool)
+        episode = len(self.times) - 1
+        path = self.path_of(episode)
+        if path and self.player.length == 0:
+            self.video = Video(path, self.player.screen)
+        frame, reward, is_over = self.player.step(int(actions[0]))
+        if self.video:
+            self.video.write(self.player.screen)
+        if is_over:
+            if self.video:
+                self.video.finish()
+                self.finished[episode], self.video = self.video, None
+            self.times.append(time.time())
+            frame = self.player.reset()
+        return frame[None], np.array([reward]), np.array([is_over])
+
+    def close(self) -> None:
+        """Drop what is not finished."""
+        if self.video:
+            self.video.drop()
+        self.player.env.close()
+
+
+def results(env_id: str, episodes: list[Episode]) -> dict:
+    """What results.json says of an evaluation: Hugging Face's keys, and every episode."""
+    s, now = summary(episodes), datetime.datetime.now(datetime.UTC)
+    result = {"env_id": env_id, "mean_reward": s["mean"], "std_reward": s["std"]}
+    result |= {"n_evaluation_episodes": len(episodes), "is_deterministic": False}
+    result |= {"eval_datetime": now.isoformat(), "min_reward": s["min"], "max_reward": s["max"]}
+    result["episode_rewards"] = [episode.score for episode in episodes]
+    return result | {"episode_lengths": [episode.length for episode in episodes]}
+
+
+def model_card(result: dict, model: str) -> str:
+    """README.md of a Hugging Face model repository; its front matter is JSON, a part of YAML."""
+    env_id = result["env_id"]
+    score = f"{result['mean_reward']:.2f} +/- {result['std_reward']:.2f}"
+    metric = {"type": "mean_reward", "value": score, "name": "mean_reward", "verified": False}
+    task = {"type": "reinforcement-learning", "name": "reinforcement-learning"}
+    evaluation = {"task": task, "dataset": {"name": env_id, "type": env_id}, "metrics": [metric]}
+    tags = [env_id, "deep-reinforcement-learning", "reinforcement-learning", "atari", "a3c"]
+    front = {"library_name": "pytorch", "tags": tags}
+    front["model-index"] = [{"name": "Batch-A3C", "results": [evaluation]}]
+    return f"""---
+{json.dumps(front, indent=2)}
+---
+
+# Batch-A3C plays {env_id}
+
+Mean score {score} over {result["n_evaluation_episodes"]} episodes, raw as the game counts them.
+The agent takes the likeliest action, and one in a hundred at random. `replay.mp4` is the best
+episode that was recorded, `{model}` holds the weights with tensorpack's names and layouts:
+
+    ./train_atari.py --task play --env {env_id} --load {model}
+"""
+
+
+def write_submission(directory, env_id, recorder, episodes, model: str, config: dict) -> None:
+    """Write all that stands beside model and videos in `directory`, as of the episodes so far.
+
+    For gym, what its Monitor wrote; for Hugging Face, what its hub shows of an agent.
+    """
+
+    def write(name: str, content: str) -> None:
+        write_file(os.path.join(directory, name), content.encode())
+
+    infix = f"0.{os.getpid()}"
+    videos = []
+    for episode, video in recorder.finished.items():
+        name = os.path.basename(video.path)
+        meta = {"episode_id": episode, "content_type": "video/mp4"}
+        meta["encoder_version"] = video.encoder
+        videos.append([name, name.replace(".mp4", ".meta.json")])
+        write(videos[-1][1], json.dumps(meta))
+    result, stats_name = results(env_id, episodes), f"openaigym.episode_batch.{infix}.stats.json"
+    stats = {"initial_reset_timestamp": recorder.times[0], "timestamps": recorder.times[1:]}
+    stats |= {"episode_lengths": result["episode_lengths"]}
+    stats |= {"episode_rewards": result["episode_rewards"], "episode_types": ["t"] * len(episodes)}
+    write(stats_name, json.dumps(stats))
+    info = {"gym_version": gymnasium.__version__, "env_id": env_id}
+    manifest = {"stats": stats_name, "videos": videos, "env_info": info}
+    write(f"openaigym.manifest.{infix}.manifest.json", json.dumps(manifest))
+    best = max(recorder.finished, key=lambda episode: episodes[episode].score)
+    with open(recorder.finished[best].path, "rb") as replay:
+        write_file(f"{directory}/replay.mp4", replay.read())
+    write("results.json", json.dumps(result, indent=1))
+    write("config.json", json.dumps(config, indent=1))
+    write("README.md", model_card(result, model))
+
+
+def hidden(path: str, suffix: str) -> str:
+    """Where a file is written until it is whole: beside `path`, where nobody looks for it."""
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name}.{suffix}")
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Write a file that takes the place of `path` when it is whole and on disk.
+
+    OSError with a sentence, and `path` as it was, where that is not possible.
+    """
+    temporary = hidden(path, "tmp")
     try:
         with open(temporary, "wb") as file:
-            save(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {path}: {error.strerror}") from error
         raise

@@ -4,14 +4,17 @@ Sources: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning
 4 and algorithm S3); Kingma & Ba 2015, "Adam" (the update, in the form at the end of its section 2).
 """
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 
+MAX_ARRAY_BYTES = 2**26  # of a variable in a file; the largest one here has 13 MB
+MAX_ACTIONS = 1000
 CHECKPOINT_FORMAT = "batch-a3c 1"
 STATE_SHAPE = (84, 84, 12)  # row, column, history * 3 + rgb (oldest frame first)
 LOSSES = ("policy_loss", "xentropy_loss", "value_loss", "cost")
@@ -135,7 +138,11 @@ class Learner:
         self.device = device
         self.adam_epsilon = adam_epsilon
         self.updates, self.threads = 0, threads
+        self.ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         self.parameters = list(network.parameters())
+        if self.ranks > 1:  # rank 0 says with which weights all begin
+            for parameter in self.parameters:
+                distributed.broadcast(parameter.data, 0)
         self.optimizer = torch.optim.Adam(self.parameters, fused=True)
         self.cuda = device.type == "cuda"
         if self.cuda:
@@ -144,16 +151,20 @@ class Learner:
         torch.set_num_threads(1)
         self.pool = ThreadPoolExecutor(threads, "trainer", lambda: torch.set_num_threads(1))
 
-    def update(self, batch: Batch, learning_rate: float, entropy_beta: float) -> torch.Tensor:
-        """Apply one synchronous update; returns METRICS (8,) on the learner's device.
+    def update(self, batch: Batch, learning_rate: float, entropy_beta: float, extra=()):
+        """Apply one synchronous update of all ranks; returns METRICS (8,) and `extra` behind them.
 
-        Adam is TensorFlow's: w -= lr_t * m / (sqrt(v) + eps), lr_t = lr sqrt(1-b2^t) / (1-b1^t).
-        torch divides sqrt(v) by sqrt(1 - b2^t) first, so its epsilon must be divided likewise.
+        Both are means over the ranks, on the learner's device. Adam is TensorFlow's:
+        w -= lr_t * m / (sqrt(v) + eps), lr_t = lr sqrt(1-b2^t) / (1-b1^t). torch divides sqrt(v) by
+        sqrt(1 - b2^t) first, so its epsilon must be divided likewise.
         """
         batch_size = len(batch.actions)
         batch = batch.to(self.device)
         copied = torch.cuda.current_stream().record_event() if self.cuda else None
         terms, gradients = self.gradients(batch, entropy_beta)
+        extra = torch.tensor(extra, dtype=torch.float32, device=self.device)
+        if self.ranks > 1:
+            terms, extra, *gradients = self.mean_of_ranks([terms, extra, *gradients])
         norm = clip_gradients(gradients)
         self.updates += 1
         group = self.optimizer.param_groups[0]
@@ -167,7 +178,25 @@ class Learner:
         cost = cost_of(terms, entropy_beta, batch_size)
         if copied is not None:  # the memory of the batch may be filled anew from now on
             copied.synchronize()
-        return torch.stack((*terms[:3], cost, importance, squared_advantage.sqrt(), value, norm))
+        scalars = torch.stack((cost, importance, squared_advantage.sqrt(), value, norm))
+        return torch.cat((terms[:3], scalars, extra))
+
+    def mean_of_ranks(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """These tensors averaged over all ranks: one transfer of all of them together."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        distributed.all_reduce(flat)
+        parts = (flat / self.ranks).split([tensor.numel() for tensor in tensors])
+        pairs = zip(tensors, parts, strict=True)  # strides as they were: the optimizer uses memory
+        return [torch.empty_like(t).copy_(p.view(t.shape)) for t, p in pairs]
+
+    def check_ranks(self) -> None:
+        """Raise RuntimeError if the ranks do not hold the same weights, to the bit."""
+        flat = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
+        words = flat.view(torch.int32).long()
+        sums = torch.stack((words.sum(), -words.sum()))
+        distributed.all_reduce(sums, distributed.ReduceOp.MAX)
+        if sums.sum() != 0:
+            raise RuntimeError("the ranks hold different weights")
 
     def gradients(self, batch: Batch, entropy_beta: float) -> tuple[torch.Tensor, list]:
         """Loss terms (6,) and the gradient of the cost for each parameter, before clipping."""
@@ -224,12 +253,13 @@ def from_tensorpack(array: np.ndarray, name: str) -> torch.Tensor:
     return tensor
 
 
-def save_weights(file, network: Network) -> None:
-    """Write `network` to an open binary file as tensorpack's .npz."""
-    arrays = {}
+def weights_file(network: Network) -> bytes:
+    """`network` as tensorpack's .npz."""
+    arrays, file = {}, io.BytesIO()
     for name, parameter in network.named_parameters():
         arrays[tensorpack_name(name)] = to_tensorpack(parameter, tensorpack_name(name))
     np.savez(file, **arrays)
+    return file.getvalue()
 
 
 def read_weights(archive) -> Network:
@@ -239,13 +269,15 @@ def read_weights(archive) -> Network:
     def read(name: str) -> np.ndarray:
         if name not in keys:
             raise ValueError(f"it has no variable {name}")
+        if archive.zip.getinfo(keys[name] + ".npy").file_size > MAX_ARRAY_BYTES:
+            raise ValueError(f"{name} is too large")
         array = archive[keys[name]]
         if array.dtype.kind != "f" or not np.isfinite(array).all():
             raise ValueError(f"{name} does not hold finite floating-point numbers")
         return array
 
     num_actions = read("fc-pi/b").size
-    if not 0 < num_actions < 1000:
+    if not 0 < num_actions < MAX_ACTIONS:
         raise ValueError(f"fc-pi/b has {num_actions} elements")
     network = Network("ba3c" if "conv2/W" in keys else "a3c", num_actions)
     with torch.no_grad():
@@ -274,8 +306,12 @@ def load(path: str) -> tuple[Network, dict]:
         if checkpoint["format"] != CHECKPOINT_FORMAT:
             raise ValueError("it is of another program")
         learner = checkpoint["learner"]
+        if learner["num_actions"] >= MAX_ACTIONS:
+            raise ValueError(f"it is for {learner['num_actions']} actions")
         network = Network(learner["kind"], learner["num_actions"])
         network.load_state_dict(learner["network"])
+        if not all(parameter.isfinite().all() for parameter in network.parameters()):
+            raise ValueError("its weights are not finite")
         return network, checkpoint
     except FileNotFoundError as error:
         raise WeightFileError(f"there is no file {path}") from error

@@ -13,14 +13,26 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
+import zmq
 from tqdm import tqdm
 
-from common import evaluate
+from common import UserError, evaluate
 from model import STATE_SHAPE, Batch, Learner, Network
-from simulator import Books, Fleet, Master, Message, Segment, VectorPlayers, undisturbed
+from simulator import (
+    REMOTE_SIMULATORS,
+    Books,
+    Experience,
+    Fleet,
+    Master,
+    Message,
+    VectorPlayers,
+    make_key,
+    undisturbed,
+)
 
 EVAL_PLAYERS = 16  # side by side in an evaluation
 LOG_SECONDS = 10  # from one line of progress to the next, where there is no terminal
@@ -53,7 +65,7 @@ class ExperienceQueue:
     def __len__(self) -> int:
         return self.put_count - self.got_count
 
-    def put(self, segment: Segment) -> bool:
+    def put(self, segment: list[Experience]) -> bool:
         """Copy a segment (at most batch_size states) into the queue; waits while it is full.
 
         False if the queue was closed.
@@ -63,13 +75,13 @@ class ExperienceQueue:
                 self.changed.wait()
             if self.closed:
                 return False
-            places = np.arange(self.put_count, self.put_count + len(segment.states)) % self.capacity
-            for place, state in zip(places, segment.states, strict=True):
-                self.arrays[0][place] = state
-            for array, column in zip(self.arrays[1:], segment[1:], strict=True):
-                array[places] = column
-            self.put_count += len(places)
-            self.changed.notify_all()
+            for count, experience in enumerate(segment, self.put_count):
+                place = count % self.capacity
+                for array, value in zip(self.arrays, experience, strict=True):
+                    array[place] = value
+            self.put_count += len(segment)
+            if len(self) >= self.batch_size:
+                self.changed.notify_all()
             return True
 
     def get(self, timeout: float) -> tuple[Batch, np.ndarray] | None:
@@ -96,9 +108,8 @@ class ExperienceQueue:
 
 def sample_actions(policy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(n,) int64 actions drawn from policies (n, A)."""
-    cumulative = policy.cumsum(axis=1)
-    draws = rng.random((len(policy), 1)) * cumulative[:, -1:]
-    return (cumulative <= draws).sum(axis=1).clip(max=policy.shape[1] - 1)
+    cumulative = policy[:, :-1].cumsum(axis=1)  # above all of it: the last action
+    return (cumulative <= rng.random((len(policy), 1))).sum(axis=1)
 
 
 def predict(network: Network, states: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -115,6 +126,11 @@ def predict(network: Network, states: torch.Tensor) -> tuple[np.ndarray, np.ndar
     return result[:, :-1], result[:, -1]
 
 
+def policy_of(network: Network) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from uint8 states (n, 84, 84, 12) to policies (n, A) that `network` is."""
+    return lambda states: predict(network, torch.from_numpy(states))[0]
+
+
 class Feed:
     """What feeds the trainer: simulators, a predictor thread for each group of them, the queue.
 
@@ -125,21 +141,32 @@ class Feed:
         self.options, self.device = options, learner.device
         self.pinned = self.device.type == "cuda"
         self.error: BaseException | None = None
+        self.dropped = 0
         self.scores: deque = deque(maxlen=LAST_SCORES)  # of finished training episodes
         self.queue = ExperienceQueue(options.batch_size, options.queue_size, self.pinned)
         self.publish(learner.network, learner.updates)
         self.threads: list[threading.Thread] = []
         simulators, players = options.simulator_proc, options.players_per_simulator
         groups, seed = options.predictor_thread_per_gpu, int(seeds.generate_state(1)[0])
-        self.fleet = Fleet(env_id, simulators, players, groups, seed)
+        self.fleet, self.joined = Fleet(env_id, simulators, players, groups, seed), 0
+        self.masters = list(self.fleet.masters)
         try:
-            for master, seed in zip(self.fleet.masters, seeds.spawn(groups), strict=True):
+            if options.listen:
+                self.masters.append(self.listen(options.listen, make_key(options.key), players))
+            for master, seed in zip(self.masters, seeds.spawn(len(self.masters)), strict=True):
                 thread = threading.Thread(target=self.serve, args=(master, seed), daemon=True)
                 thread.start()
                 self.threads.append(thread)
         except BaseException:
             self.close()
             raise
+
+    def listen(self, address: str, key: list[bytes], players: int) -> Master:
+        """A master for simulators of other machines."""
+        try:
+            return Master(self.fleet.context, address, REMOTE_SIMULATORS, players, key)
+        except zmq.ZMQError as error:
+            raise UserError(f"cannot listen on {address}: {error}") from error
 
     def serve(self, master: Master, seed: np.random.SeedSequence) -> None:
         """A predictor thread: answer the simulators of one master until the queue is closed."""
@@ -148,9 +175,11 @@ class Feed:
         try:
             if self.pinned:
                 stream = torch.cuda.stream(torch.cuda.Stream(self.device))
-            books = Books(master.num_players, self.options.local_time_max, self.options.gamma)
+            o = self.options
+            simulators = master.num_players // master.players
+            books = Books(simulators, master.players, o.local_time_max, o.gamma)
             rng = np.random.default_rng(seed)
-            shape = (max(self.options.predict_batch_size, master.players), *STATE_SHAPE)
+            shape = (max(o.predict_batch_size, master.players), *STATE_SHAPE)
             staging = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pinned)
             with stream:
                 while not self.queue.closed:
@@ -161,27 +190,30 @@ class Feed:
 
     def answer(self, messages: list[Message], master, books, rng, staging: torch.Tensor) -> None:
         """Enter messages into the books, choose actions for all their players, and reply."""
-        states: list[np.ndarray] = []
-        for message in messages:
+        states, k = staging[: len(messages) * master.players], master.players
+        for i, message in enumerate(messages):
             self.scores.extend(score for score, _ in message.finished)
             for segment in books.observe(message):
                 if not self.queue.put(segment):
                     return
-            states += books.newest_states(message.players)
-        if not states:
+            newest = torch.from_numpy(books.newest_states(message.place))
+            if len(messages) > 1 or self.pinned:
+                states[i * k : (i + 1) * k] = newest
+            else:
+                states = newest  # they lie together already
+        if not messages:
             return
-        for place, state in zip(staging.numpy(), states, strict=False):
-            np.copyto(place, state)
         network, version, ready = self.published  # after waiting for the queue: the newest
         if ready is not None:
             torch.cuda.current_stream().wait_event(ready)
-        policy, value = predict(network, staging[: len(states)])
+        policy, value = predict(network, states)
         actions = sample_actions(policy, rng)
         probs = np.take_along_axis(policy, actions[:, None], axis=1)[:, 0]
+        columns = actions.tolist(), probs.tolist(), value.tolist()
         for i, message in enumerate(messages):
-            part = slice(i * master.players, (i + 1) * master.players)
-            master.reply(message, actions[part])
-            books.decide(message.players, actions[part], probs[part], value[part], version)
+            part = [column[i * k : (i + 1) * k] for column in columns]
+            master.reply(message, part[0])
+            books.decide(message.place, *part, version)
 
     def publish(self, network: Network, version: int) -> None:
         """Let predictors use a copy of `network` from their next batch on.
@@ -192,11 +224,19 @@ class Feed:
         ready = torch.cuda.current_stream().record_event() if self.pinned else None
         self.published = snapshot, version, ready  # one assignment: nobody sees half of it
 
-    def check(self) -> None:
-        """Raise what has ended a predictor or a simulator, if one has ended."""
+    def check(self) -> list[str]:
+        """What happened to simulators since the last time; raises what has to end the run."""
         if self.error is not None:
             raise self.error
-        self.fleet.check()
+        events = self.fleet.check()
+        dropped = sum(master.dropped for master in self.masters)
+        if dropped and not self.dropped:
+            events.append("messages that are not of its simulators are dropped")
+        joined = sum(len(m.connected) for m in self.masters if m.is_open)
+        if joined > self.joined:
+            events.append(f"{joined - self.joined} simulators have joined")
+        self.dropped, self.joined = dropped, joined
+        return events
 
     def mean_score(self) -> float | None:
         """Mean score of the last training episodes, as the game counts it."""
@@ -219,15 +259,12 @@ def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: 
     # With little time, few players: so that at least their episodes come to an end.
     side_by_side = int(min(episodes, EVAL_PLAYERS, max(cores, seconds / 10)))
 
-    def policy_of(states: np.ndarray) -> np.ndarray:
-        return predict(network, torch.from_numpy(states))[0]
-
     torch.set_num_threads(cores)  # of this thread; while the players wait, the cores are free
     players = VectorPlayers(env_id, side_by_side, seed, check)
     bar = tqdm(total=episodes, desc="evaluation", disable=not sys.stderr.isatty())
     with contextlib.closing(players), bar:
         seconds -= time.monotonic() - start
-        for done in evaluate(players, policy_of, episodes, seed, seconds):
+        for done in evaluate(players, policy_of(network), episodes, seed, seconds):
             bar.update(len(done) - bar.n)
             if bar.disable and time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()

@@ -1,10 +1,15 @@
 #!/usr/bin/env python3
-"""Batch-A3C on Atari games: train an agent, score it.
+"""Batch-A3C on Atari games: train an agent, watch it, score it, submit it.
 
   train:         ./train_atari.py --env Breakout-v0 --gpu 0
   on a CPU:      ./train_atari.py --env Breakout-v0 --network a3c
   go on:         ./train_atari.py --load train_log/train-atari-Breakout-v0/checkpoint.pt
+  watch a model: ./train_atari.py --task play --env Breakout-v0 --load Breakout-v0.npz
   score a model: ./train_atari.py --task eval --env Breakout-v0 --load Breakout-v0.npz --episode 100
+  submit it:     ./train_atari.py --task gen_submit --env Breakout-v0 --load Breakout-v0.npz \
+                     --output output_dir
+
+play without a display: --output DIR writes videos instead.
 
 A directory that already holds a run is refused, unless --load names its own checkpoint.pt: then
 that run goes on there, with its options but for those given anew.
@@ -15,14 +20,21 @@ depends on the load of the machine.
 
 import argparse
 import contextlib
+import datetime
+import errno
 import fcntl
+import functools
+import io
 import json
 import math
 import os
 import re
 import secrets
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -31,31 +43,29 @@ import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
-from common import STATE_SHAPE, UserError, make_env, summary, write_file
+from common import (
+    RANDOM_ACTIONS,
+    STATE_SHAPE,
+    Recorder,
+    UserError,
+    evaluate,
+    make_env,
+    results,
+    summary,
+    write_file,
+    write_submission,
+)
 
 # torch and the rooms that need it are imported where they are used: --help does not wait for them.
 
-# What changes learning: the original's values.
-BATCH_SIZE = 128  # new states per iteration
-LOCAL_TIME_MAX = 5  # steps of an n-step return
-GAMMA = 0.99
-LEARNING_RATE = "1e-3,20:3e-4,120:1e-4"  # VALUE,EPOCH:VALUE,... with the epoch from which it holds
-ENTROPY_BETA = "0.01,80:0.005"
-ADAM_EPSILON = 1e-3
-STEPS_PER_EPOCH = 6000
-MAX_EPOCH = 1000
-EVAL_EPISODE = 50
 EVAL_EPOCH = 3  # epochs from one evaluation to the next
-# What changes only speed, and how old a policy is when it is trained on.
-SIMULATOR_PROC = 50
-PREDICT_BATCH_SIZE = 15
-PREDICTOR_THREAD_PER_GPU = 3
 CPU_PREDICTORS = 4  # at most: with more the batches get too small
-CPU_PLAYERS = 32  # in all: on a CPU few processes with several players each cost least
-# What a run does beside.
+CPU_PLAYERS = 32  # in all: on a CPU a process per core with several players costs least
 EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 CHECKPOINT_SECONDS = 300
 LOG_SECONDS = 10
+CHECK_STEPS = 500  # iterations after which several ranks compare their weights
+LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
 # Measured on both cores of a two-core server: states/s per core, everything together.
 STATES_PER_CORE = {"ba3c": 52, "a3c": 460}
 SIMULATOR_BYTES = 50e6
@@ -100,23 +110,24 @@ def schedule(text: str) -> str:
     return text
 
 
-LEARNING = (  # option, type, default (None: what fits the machine), meaning
-    ("batch_size", count, BATCH_SIZE, "new states per iteration"),
-    ("local_time_max", count, LOCAL_TIME_MAX, "steps of an n-step return"),
-    ("gamma", positive, GAMMA, "discount per step"),
-    ("learning_rate", schedule, LEARNING_RATE, "VALUE,EPOCH:VALUE,..."),
-    ("entropy_beta", schedule, ENTROPY_BETA, "VALUE,EPOCH:VALUE,..."),
-    ("adam_epsilon", positive, ADAM_EPSILON, "epsilon of Adam in TensorFlow's form"),
-    ("steps_per_epoch", count, STEPS_PER_EPOCH, "iterations per epoch"),
-    ("max_epoch", count, MAX_EPOCH, "epochs until the run is done"),
-    ("eval_episode", count, EVAL_EPISODE, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
+# Option, type, default, meaning: names and values are those of the original's constants.
+LEARNING = (
+    ("BATCH_SIZE", count, 128, "new states per iteration"),
+    ("LOCAL_TIME_MAX", count, 5, "steps of an n-step return"),
+    ("GAMMA", positive, 0.99, "discount per step"),
+    ("LEARNING_RATE", schedule, "1e-3,20:3e-4,120:1e-4", "VALUE,EPOCH:VALUE,... from that epoch"),
+    ("ENTROPY_BETA", schedule, "0.01,80:0.005", "VALUE,EPOCH:VALUE,..."),
+    ("ADAM_EPSILON", positive, 1e-3, "epsilon of Adam in TensorFlow's form"),
+    ("STEPS_PER_EPOCH", count, 6000, "iterations per epoch"),
+    ("MAX_EPOCH", count, 1000, "epochs until the run is done"),
+    ("EVAL_EPISODE", count, 50, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
 )
 SPEED = (
-    ("simulator_proc", count, None, f"simulator processes; {SIMULATOR_PROC}, CPU: 2 per core"),
-    ("players_per_simulator", count, None, f"1; on a CPU, so many that all are {CPU_PLAYERS}"),
-    ("predict_batch_size", count, PREDICT_BATCH_SIZE, "most states in one prediction"),
-    ("predictor_thread_per_gpu", count, None, f"{PREDICTOR_THREAD_PER_GPU}; CPU: 1 per core to 4"),
-    ("queue_size", count, None, "states that may wait for the trainer; default: a batch"),
+    ("SIMULATOR_PROC", count, 50, "simulator processes; on a CPU 1 per core"),
+    ("PLAYERS_PER_SIMULATOR", count, 1, f"on a CPU so many that all are {CPU_PLAYERS}"),
+    ("PREDICT_BATCH_SIZE", count, 15, "most states in one prediction"),
+    ("PREDICTOR_THREAD_PER_GPU", count, 3, f"on a CPU 1 per core, {CPU_PREDICTORS} at most"),
+    ("QUEUE_SIZE", count, 128, "states that may wait for the trainer; default: a batch"),
 )
 
 
@@ -130,57 +141,130 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--env", help="gymnasium id of an Atari game, such as Breakout-v0 (required)")
     add("--task", choices=TASKS, default="train", help="default: train")
-    add("--gpu", help="number of the GPU; default: the first, or the CPU where there is none")
+    add("--gpu", help="GPUs, as 0,1,2; default: all, or the CPU where there is none")
+    add("--ranks", type=count, metavar="N", help="so many processes that train as one, on a CPU")
     add("--load", metavar="FILE", help="weights.npz to start from, or checkpoint.pt to go on with")
-    add("--output", metavar="DIR", help="of the run; default: train_log/train-atari-ENV")
+    add(
+        "--output",
+        metavar="DIR",
+        help="of the run, default train_log/train-atari-ENV; of a "
+        "submission, default output_dir; of the videos of play; of the results.json of eval",
+    )
     add("--episode", type=count, metavar="N", help="episodes to play (default 100)")
     add("--network", choices=("ba3c", "a3c"), help="default: ba3c; a3c is small, for a CPU")
+    add("--listen", metavar="ADDRESS", help="tcp://0.0.0.0:PORT, where simulators may join")
+    add("--key", metavar="FILE", help="which they need to join; is made if it is not there")
     add("--seed", type=whole, metavar="N", help="of players, sampling, initialization")
     for title, options in (("what changes learning", LEARNING), ("what changes speed", SPEED)):
         group = parser.add_argument_group(title)
         for name, kind, default, text in options:
-            text += f" (default {default})" if default else ""
-            group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="X", help=text)
+            flag, text = "--" + name.lower().replace("_", "-"), f"{text} (default {default})"
+            group.add_argument(flag, type=kind, metavar="X", help=text)
     return parser
 
 
-def find_device(gpu: str | None):
-    """The torch device that --gpu names."""
+def find_devices(gpus: str | None, ranks: int | None) -> list:
+    """The torch devices of this machine that --gpu and --ranks name, one for each rank."""
     import torch
 
     available = torch.cuda.device_count()
-    if gpu is None:
-        return torch.device("cuda:0" if available else "cpu")
-    if not gpu.isdecimal() or int(gpu) >= available:
-        there = (
-            f"CUDA devices 0 to {available - 1}" if available else "no CUDA device, only the CPU"
-        )
-        raise UserError(f"--gpu {gpu}: there is {there}; --gpu takes one number", 2)
-    torch.cuda.set_device(int(gpu))
-    return torch.device("cuda", int(gpu))
+    if gpus is None and (ranks or not available):
+        return [torch.device("cpu")] * (ranks or 1)
+    chosen = gpus.split(",") if gpus is not None else map(str, range(available))
+    numbers = [int(gpu) if gpu.isdecimal() else available for gpu in chosen]
+    if max(numbers) >= available or len(set(numbers)) < len(numbers) or ranks:
+        cuda = f"CUDA devices 0 to {available - 1}" if available else "no CUDA device, only the CPU"
+        raise UserError(f"--gpu {gpus}: there is {cuda}; --ranks is for the CPU alone", 2)
+    return [torch.device("cuda", number) for number in numbers]
 
 
-def complete(chosen: dict, on_cpu: bool) -> argparse.Namespace:
-    """All options of a training run: the chosen ones, and what fits them and this machine."""
-    table = {name: default for name, _, default, _ in LEARNING + SPEED}
-    o, cores = argparse.Namespace(**(table | chosen)), os.cpu_count() or 1
-    processes = min(2 * cores, CPU_PLAYERS) if on_cpu else SIMULATOR_PROC
-    o.simulator_proc = o.simulator_proc or processes
-    each = max(1, CPU_PLAYERS // o.simulator_proc) if on_cpu else 1
-    o.players_per_simulator = o.players_per_simulator or each
+def join_ranks(devices: list) -> tuple:
+    """Device and number of this rank; where there are several, they are connected now."""
+    import torch
+
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = devices[local % len(devices)]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        if os.environ.get("BATCH_A3C_LAUNCHER"):
+            threading.Thread(target=end_with_launcher, daemon=True).start()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # The others wait while rank 0 evaluates; a rank that ends is noticed at once.
+        wait = datetime.timedelta(days=1)
+        torch.distributed.init_process_group(backend, timeout=wait)
+    return device, rank
+
+
+def end_with_launcher() -> None:
+    """Wait until standard input is closed, then end this rank as SIGTERM would."""
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def launch(ranks: int) -> None:
+    """Run this command as so many ranks, and end with the first that ends.
+
+    Signals go to rank 0, which saves.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    world |= {"LOCAL_WORLD_SIZE": str(ranks), "BATCH_A3C_LAUNCHER": "1"}
+    processes: list[subprocess.Popen] = []
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda signum, frame: processes[0].send_signal(signum))
+    try:
+        for rank in range(ranks):
+            environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL if rank else None}
+            command = [sys.executable, *sys.argv]
+            process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+            processes.append(process)
+        failed: list[int] = []
+        while processes[0].poll() is None and not failed:
+            time.sleep(0.1)
+            failed = [rank for rank, process in enumerate(processes) if process.poll()]
+    finally:
+        for process in processes:
+            process.stdin.close()  # which ends it
+        deadline = time.monotonic() + LAUNCH_END_SECONDS
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.wait()
+    for rank in failed[:1]:
+        if rank:
+            raise UserError(f"rank {rank} ended with code {processes[rank].returncode}")
+    sys.exit(processes[0].returncode)
+
+
+def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
+    """All options of a rank: the chosen ones, and what fits them and its share of this machine."""
+    cores = max(1, (os.cpu_count() or 1) // ranks)
+    table = {name.lower(): default for name, _, default, _ in LEARNING + SPEED}
+    o = argparse.Namespace(**table, listen=None, key=None)
+    if on_cpu:
+        o.simulator_proc = ranks * min(cores, CPU_PLAYERS)
+        o.predictor_thread_per_gpu = min(cores, CPU_PREDICTORS)
+    o.simulator_proc = max(1, chosen.get("simulator_proc", o.simulator_proc) // ranks)
+    chosen = chosen | {"simulator_proc": o.simulator_proc}
+    if on_cpu:
+        o.players_per_simulator = max(1, CPU_PLAYERS // o.simulator_proc)
+    vars(o).update(chosen)
     players = o.simulator_proc * o.players_per_simulator
-    threads = min(cores, CPU_PREDICTORS) if on_cpu else PREDICTOR_THREAD_PER_GPU
-    threads = min(threads, o.simulator_proc)
-    o.predictor_thread_per_gpu = o.predictor_thread_per_gpu or threads
-    o.queue_size = o.queue_size or o.batch_size
-    if "predict_batch_size" not in chosen:
-        o.predict_batch_size = min(o.predict_batch_size, players)
+    o.predictor_thread_per_gpu = min(o.predictor_thread_per_gpu, o.simulator_proc)
+    o.predict_batch_size, o.queue_size = min(o.predict_batch_size, players), o.batch_size
+    vars(o).update(chosen)  # what was asked for is refused below, not mended
     size, threads = o.predict_batch_size, o.predictor_thread_per_gpu
     states = players * (o.local_time_max + 2) + o.queue_size + 2 * o.batch_size + size
     need = states * math.prod(STATE_SHAPE) + o.simulator_proc * SIMULATOR_BYTES
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     waiting = f"a queue of {o.queue_size} states can never fill a batch of {o.batch_size}"
     for wrong, sentence in (
+        (o.listen and not o.key, "--listen needs --key FILE, which simulators need to join"),
         (size > players, f"{players} players can never fill a predict batch of {size} states"),
         (threads > o.simulator_proc, f"{threads} predictor threads need as many simulators"),
         (o.queue_size < o.batch_size, waiting),
@@ -222,25 +306,29 @@ class Training:
     chosen: the options the user gave, now or before; saved: its checkpoint, if it goes on.
     """
 
-    def __init__(self, env_id, chosen, network, device, path, saved):
+    def __init__(self, env_id, chosen, network, device, path, saved, rank):
         import torch
 
         import model
 
         self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, path
-        self.options = complete(chosen, device.type == "cpu")
+        self.rank, local = rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.options = complete(chosen, device.type == "cpu", local)
+        if rank:
+            self.options.listen = None
         goes_on = bool(saved) and saved["file"] == os.path.join(path, "checkpoint.pt")
-        self.log_file = open_run(path, goes_on)
+        self.log_file = None if rank else open_run(path, goes_on)
         self.columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
         # Epochs and iterations done, iterations of this epoch done, starts of this program.
         self.at = {"epoch": 0, "global_step": 0, "epoch_step": 0, "starts": 0, "best_score": None}
         self.at |= {"elapsed_s": 0.0, "evaluated_s": 0.0}
         self.stats: list[dict] = []  # of the epochs done
+        self.unwritten: dict[str, OSError] = {}  # files of the run that are out of date, and why
         self.rows: list[np.ndarray] = []  # of this epoch's iterations: a value for each column
-        self.unread: list[tuple] = []  # iterations whose metrics are still on the device
+        self.unread: list = []  # iterations whose metrics are still on the device
         self.began = self.logged = self.saved = time.monotonic()
         self.shown, self.signal = 0, None
-        threads = os.cpu_count() or 1
+        threads = max(1, (os.cpu_count() or 1) // local)
         self.learner = model.Learner(network, device, self.options.adam_epsilon, threads)
         if saved:
             self.learner.load_state_dict(saved["learner"])
@@ -265,13 +353,14 @@ class Training:
         # A state waits until its segment is done, then in the queue, while others are trained on.
         lag = (players * (o.local_time_max + 3) / 2 + o.queue_size) / o.batch_size
         parameters = sum(p.numel() for p in network.parameters())
-        cores = os.cpu_count() or 1
+        cores, ranks = os.cpu_count() or 1, self.learner.ranks
         facts = {
             "run": f"{self.env_id} ({network.num_actions} actions) in {self.path}, seed {o.seed}",
             "network": f"{network.kind}, {parameters:,} parameters",
             "device": f"{self.device}, {cores} cores, {o.predictor_thread_per_gpu} predictors",
             "players": f"{o.simulator_proc} processes x {o.players_per_simulator} = {players}",
             "epoch": f"{o.steps_per_epoch:,} iterations x {o.batch_size} = {states:,} states",
+            "ranks": f"{ranks}, each with these players; an iteration has {ranks} batches",
             "policy lag": f"{lag:.1f} updates when the trainer binds; with fewer players less",
         }
         if self.device.type == "cpu":
@@ -279,22 +368,34 @@ class Training:
             facts["expect"] = f"about {rate} states/s, {states / rate / 3600:.2g} hours per epoch"
             if network.kind == "ba3c":
                 facts["expect"] += "; --network a3c is several times faster on a CPU"
+        if ranks == 1:
+            del facts["ranks"]
         self.log("training\n" + tabulate(facts.items()))
 
     def log(self, text: str) -> None:
         """A line in log.log and on standard output, above a progress bar if there is one."""
+        if self.rank:
+            return
         line = time.strftime("%m-%d %H:%M:%S ") + text
-        self.log_file.write(line + "\n")
+        with contextlib.suppress(OSError):  # a full disk
+            self.log_file.write(line + "\n")
         with contextlib.suppress(OSError):  # where nobody reads it any more, train on
             tqdm.write(line)
 
-    def write(self, name: str, save: Callable) -> None:
-        """Let `save(file)` write a file of the run."""
-        write_file(os.path.join(self.path, name), save)
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of the run; where that fails training goes on."""
+        if self.rank:
+            return
+        self.unwritten.pop(name, None)
+        try:
+            write_file(os.path.join(self.path, name), content)
+        except OSError as error:
+            self.unwritten[name] = error
+            self.log(f"warning: {error}; training goes on")
 
     def write_json(self, name: str, content) -> None:
         """Write a JSON file of the run."""
-        self.write(name, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        self.write(name, json.dumps(content, indent=1).encode())
 
     def save(self) -> None:
         """Write the checkpoint, the latest weights, and the epochs done."""
@@ -308,8 +409,10 @@ class Training:
         checkpoint = {"format": model.CHECKPOINT_FORMAT, "env": self.env_id, "options": self.chosen}
         checkpoint |= {"learner": self.learner.state_dict(), "rng": torch.get_rng_state()}
         checkpoint |= {"at": self.at, "stats": self.stats}
-        self.write("checkpoint.pt", lambda file: torch.save(checkpoint, file))
-        self.write("model-latest.npz", lambda file: model.save_weights(file, network))
+        file = io.BytesIO()  # torch's writer makes another error of a full disk
+        torch.save(checkpoint, file)
+        self.write("checkpoint.pt", file.getvalue())
+        self.write("model-latest.npz", model.weights_file(network))
         self.write_json("stats.json", self.stats)
         self.saved = time.monotonic()
 
@@ -324,7 +427,8 @@ class Training:
         if self.signal is not None:
             what = f"stopped by {signal.Signals(self.signal).name}"
             raise UserError(f"{what} in iteration {self.at['global_step']}", 128 + self.signal)
-        self.feed.check()
+        for event in self.feed.check():
+            self.log(f"{event}; training goes on")
 
     def run(self) -> None:
         """Train until the last epoch is done."""
@@ -335,22 +439,35 @@ class Training:
         if self.at["epoch"] >= self.options.max_epoch:
             self.save()
             raise UserError(f"the run is done: {self.at['epoch']} epochs (--max-epoch)", 0)
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, self.on_signal)
-        seeds = np.random.SeedSequence((self.options.seed, self.at["starts"]))
-        self.writer = SummaryWriter(self.path, purge_step=self.at["global_step"] + 1)
+        seeds = np.random.SeedSequence((self.options.seed, self.at["starts"], self.rank))
+        if self.rank == 0:  # the others end with it
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(signum, self.on_signal)
+            # TensorBoard's thread, on a full disk; all others report by themselves.
+            threading.excepthook = lambda args: self.log(f"warning: {args.exc_value}")
+            self.writer = SummaryWriter(self.path, purge_step=self.at["global_step"] + 1)
         self.feed = Feed(self.env_id, self.options, self.learner, seeds)
-        with contextlib.closing(self.feed), self.writer:
+        with contextlib.closing(self.feed):
             try:
                 while self.at["epoch"] < self.options.max_epoch:
                     self.check()
                     self.run_epoch()
                     self.end_epoch()
             except Exception as error:
-                self.log_file.write(f"{error}\n")
+                self.log(f"the run ends: {error}")
                 if not isinstance(error, FloatingPointError) and (self.rows or self.unread):
                     self.save()
+                if isinstance(error, RuntimeError) and self.learner.ranks > 1:
+                    self.check()  # a signal ended the others
+                    reason = str(error).partition("\n")[0]
+                    raise UserError(f"rank {self.rank} lost the others: {reason}") from error
                 raise
+            finally:
+                if self.rank == 0:
+                    with contextlib.suppress(Exception):  # it says again what its thread said
+                        self.writer.close()
+        for error in self.unwritten.values():
+            raise error
 
     def run_epoch(self) -> None:
         """The iterations of an epoch that are not done yet."""
@@ -358,18 +475,22 @@ class Training:
         names = ("learning_rate", "entropy_beta")
         self.rates = {name: scheduled(getattr(self.options, name), epoch) for name in names}
         self.rows, self.shown, self.epoch_began = [], 0, time.monotonic()
-        self.bar = tqdm(total=steps, initial=at["epoch_step"], disable=not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=steps, initial=at["epoch_step"], disable=self.rank > 0 or not sys.stderr.isatty()
+        )
         self.bar.set_description(f"epoch {epoch}")
         with self.bar:
             while at["epoch_step"] < steps:
                 batch, versions = self.next_batch()
                 lag = at["global_step"] - versions
-                metrics = self.learner.update(batch, **self.rates)
+                extra = (lag.mean(), lag.max(), len(self.feed.queue))
+                self.unread.append(self.learner.update(batch, **self.rates, extra=extra))
                 at["global_step"] += 1
                 at["epoch_step"] += 1
                 self.feed.publish(self.learner.network, at["global_step"])
-                self.unread.append((metrics, [lag.mean(), lag.max(), len(self.feed.queue)]))
                 self.bar.update()
+                if self.learner.ranks > 1 and at["global_step"] % CHECK_STEPS == 0:
+                    self.learner.check_ranks()
                 if at["epoch_step"] < steps:
                     self.after_iteration()
 
@@ -398,8 +519,8 @@ class Training:
     def collect(self) -> None:
         """Read the metrics of the last iterations; FloatingPointError if one is not finite."""
         first = self.at["global_step"] - len(self.unread) + 1
-        for step, (metrics, host) in enumerate(self.unread, first):
-            self.rows.append(np.array([*metrics.tolist(), *host]))
+        for step, metrics in enumerate(self.unread, first):
+            self.rows.append(np.array(metrics.tolist()))
             for i in np.flatnonzero(~np.isfinite(self.rows[-1])):
                 name, value = self.columns[i], self.rows[-1][i]
                 raise FloatingPointError(f"{name} is {value} in iteration {step}")
@@ -413,7 +534,8 @@ class Training:
             metrics = dict(zip(self.columns, rows.mean(axis=0).tolist(), strict=True))
             metrics["policy_lag_max"] = float(rows[:, self.columns.index("policy_lag_max")].max())
         metrics |= self.rates | {"it_per_s": len(rows) / seconds}
-        metrics["states_per_s"] = metrics["it_per_s"] * self.options.batch_size
+        states = self.options.batch_size * self.learner.ranks  # of an iteration
+        metrics["states_per_s"] = metrics["it_per_s"] * states
         metrics["train_score"] = self.feed.mean_score()
         return metrics
 
@@ -432,9 +554,12 @@ class Training:
 
     def add_scalars(self, metrics: dict) -> None:
         """Show what there is in TensorBoard."""
+        if self.rank:
+            return
         for name, value in metrics.items():
             if value is not None:
-                self.writer.add_scalar(name, value, self.at["global_step"])
+                with contextlib.suppress(Exception):  # what its thread said already
+                    self.writer.add_scalar(name, value, self.at["global_step"])
 
     def end_epoch(self) -> None:
         """Evaluate if it is time, and write down how the epoch went."""
@@ -443,7 +568,9 @@ class Training:
         epoch = self.at["epoch"] + 1
         self.at |= {"epoch": epoch, "epoch_step": 0}
         self.stats.append({"epoch_num": epoch, "global_step": self.at["global_step"]} | metrics)
-        if epoch % EVAL_EPOCH == 0 or epoch == self.options.max_epoch:
+        if self.learner.ranks > 1:
+            self.learner.check_ranks()
+        if self.rank == 0 and (epoch % EVAL_EPOCH == 0 or epoch == self.options.max_epoch):
             self.save()  # so that an end in the evaluation loses nothing
             metrics |= self.evaluate()
             self.stats[-1] |= metrics
@@ -454,7 +581,7 @@ class Training:
 
     def evaluate(self) -> dict[str, float]:
         """Score the network, within EVAL_SHARE of the time of the run, and keep the best one."""
-        from model import save_weights
+        from model import weights_file
         from predictor import score
 
         start = time.monotonic()
@@ -463,16 +590,27 @@ class Training:
         episodes, seed = self.options.eval_episode, self.options.seed + self.at["epoch"]
         network, log = self.learner.network, lambda text: self.log(f"evaluation: {text}")
         log(f"{episodes} episodes in {seconds:.0f} s at most")
-        done = score(self.env_id, network, episodes, seed, log, seconds, self.check)
-        self.at["evaluated_s"] += time.monotonic() - start
+        try:
+            done = score(self.env_id, network, episodes, seed, log, seconds, self.check)
+        except UserError as error:
+            self.check()  # if it is not an evaluation's, it is raised here
+            log(f"given up: {error}")
+            return {}
+        finally:
+            self.at["evaluated_s"] += time.monotonic() - start
         result, cut = summary(done), sum(not episode.finished for episode in done)
         log(f"mean {result['mean']:.2f}, {cut} of {len(done)} episodes cut short")
         mean = None if cut else result["mean"]  # what cut ones have so far says little
         best = self.at["best_score"]
         if best is None or (mean is not None and mean > best):
             self.at["best_score"] = mean
-            self.write("model-best.npz", lambda file: save_weights(file, network))
+            self.write("model-best.npz", weights_file(network))
         return {"mean_score": mean, "max_score": None if cut else result["max"]}
+
+
+def file_name(env_id: str) -> str:
+    """What files are named that belong to a game."""
+    return re.sub(r"[^\w.-]", "-", env_id)
 
 
 def load_for(env_id: str | None, path: str) -> tuple:
@@ -492,8 +630,10 @@ def load_for(env_id: str | None, path: str) -> tuple:
 
 def task_train(given: dict) -> None:
     """--task train."""
+    del given["task"]
     load, output, saved = given.pop("load", None), given.pop("output", None), {}
-    env_id, gpu, kind = given.pop("env", None), given.pop("gpu", None), given.get("network")
+    env_id, kind = given.pop("env", None), given.get("network")
+    gpus, ranks = given.pop("gpu", None), given.pop("ranks", None)
     if load is not None:
         env_id, network, saved = load_for(env_id, load)
         if kind not in (None, network.kind):
@@ -503,33 +643,123 @@ def task_train(given: dict) -> None:
 
     import model
 
-    device = find_device(gpu)
+    devices = find_devices(gpus, ranks)
+    if len(devices) > 1 and "RANK" not in os.environ:
+        return launch(len(devices))
+    device, rank = join_ranks(devices)
     chosen = {"seed": secrets.randbits(32)} | saved.get("options", {}) | given
     torch.manual_seed(chosen["seed"])
     if load is None:
         network = model.Network(kind or "ba3c", actions)
     chosen["network"] = network.kind
-    path = os.path.join("train_log", "train-atari-" + re.sub(r"[^\w.-]", "-", env_id))
+    path = os.path.join("train_log", "train-atari-" + file_name(env_id))
     if saved:
         saved["file"], path = os.path.abspath(load), os.path.dirname(load)
-    Training(env_id, chosen, network, device, os.path.abspath(output or path), saved).run()
+    path = os.path.abspath(output or path)
+    Training(env_id, chosen, network, device, path, saved, rank).run()
+
+
+def load_agent(given: dict, output: str | None) -> tuple:
+    """Game, network, number of episodes, seed and output directory of a task that plays."""
+    if "load" not in given:
+        path = os.path.join(os.path.dirname(__file__), "models", f"{given['env']}.npz")
+        way = f", for example {os.path.relpath(path)}" if os.path.exists(path) else ""
+        raise UserError(f"--task {given['task']} needs --load FILE{way}", 2)
+    env_id, network, _ = load_for(given.get("env"), given["load"])
+    network.to(find_devices(given.get("gpu"), None)[0])
+    output = given.get("output", output)
+    if output is not None:
+        try:
+            os.makedirs(output, exist_ok=True)
+            if os.listdir(output):
+                raise UserError(f"{output} is not empty: name another --output", 2)
+            if not os.access(output, os.W_OK):
+                raise PermissionError(errno.EACCES, "it is read-only")
+        except OSError as error:
+            raise UserError(f"cannot write to {output}: {error.strerror}", 2) from error
+    return (
+        env_id,
+        network,
+        given.get("episode", 100),
+        given.get("seed", secrets.randbits(32)),
+        output,
+    )
 
 
 def task_eval(given: dict) -> None:
     """--task eval."""
-    if "load" not in given:
-        raise UserError("--task eval needs --load FILE", 2)
-    start, seed = time.monotonic(), given.get("seed", secrets.randbits(32))
-    env_id, network, _ = load_for(given.get("env"), given["load"])
+    start = time.monotonic()
+    env_id, network, count, seed, output = load_agent(given, None)
     from predictor import score
 
-    network.to(find_device(given.get("gpu")))
-    episodes = score(env_id, network, given.get("episode", 100), seed, log=print)
-    result = summary(episodes) | {"seconds": round(time.monotonic() - start, 1)}
-    print(tabulate(result.items()))
+    episodes = score(env_id, network, count, seed, log=print)
+    table = summary(episodes) | {"seconds": round(time.monotonic() - start, 1)}
+    print(tabulate(table.items()))
+    if output is not None:
+        result = json.dumps(results(env_id, episodes), indent=1)
+        write_file(f"{output}/results.json", result.encode())
 
 
-TASKS = {"train": task_train, "eval": task_eval}
+def watch(players, network, count: int, seed: int, each: Callable) -> None:
+    """Play `count` episodes, one after the other; calls `each` with those so far after each."""
+    from predictor import policy_of
+    from simulator import undisturbed
+
+    episodes: list = []
+    with contextlib.closing(players):
+        try:
+            for done in evaluate(players, policy_of(network), count, seed, math.inf):
+                if len(done) > len(episodes):
+                    with undisturbed():
+                        episodes = list(done)
+                        each(episodes)
+                    print(f"{len(episodes)}/{count}, score={episodes[-1].score:g}", flush=True)
+        finally:
+            result = summary(episodes) if episodes else {"episodes": 0}
+            print(tabulate(result.items()))
+
+
+def task_play(given: dict) -> None:
+    """--task play."""
+    env_id, network, count, seed, output = load_agent(given, None)
+    from simulator import VectorPlayers
+
+    if output is not None:
+        players = Recorder(env_id, seed, lambda episode: f"{output}/episode{episode:06}.mp4")
+        return watch(players, network, count, seed, lambda episodes: None)
+    players = VectorPlayers(env_id, 1, seed, lambda: None, "--window")
+    try:
+        watch(players, network, count, seed, lambda episodes: None)
+    except UserError as error:
+        if players.processes[0].returncode != 0:  # 0: the window was closed
+            raise UserError(f"{error}; --output DIR writes videos instead") from error
+
+
+def task_gen_submit(given: dict) -> None:
+    """--task gen_submit."""
+    env_id, network, count, seed, output = load_agent(given, "output_dir")
+    from model import weights_file
+
+    if count < 100:
+        print(f"{count} episodes: gym scores a submission of 100 or more")
+    prefix = os.path.join(output, f"openaigym.video.0.{os.getpid()}.video")
+    cubes = {k**3 for k in range(10)}  # and from 1,000 on the thousands, as gym's Monitor does
+
+    def path_of(episode: int) -> str | None:
+        recorded = episode in cubes or (episode and episode % 1000 == 0)
+        return f"{prefix}{episode:06}.mp4" if recorded else None
+
+    recorder, model = Recorder(env_id, seed, path_of), file_name(env_id) + ".npz"
+    config = {"env_id": env_id, "network": network.kind, "num_actions": network.num_actions}
+    config |= {"seed": seed, "state_shape": STATE_SHAPE, "random_actions": RANDOM_ACTIONS}
+    write_file(os.path.join(output, model), weights_file(network))
+    submit = functools.partial(
+        write_submission, output, env_id, recorder, model=model, config=config
+    )
+    watch(recorder, network, count, seed, submit)
+
+
+TASKS = {"train": task_train, "play": task_play, "eval": task_eval, "gen_submit": task_gen_submit}
 
 
 def main() -> int:
@@ -542,9 +772,8 @@ def main() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
-    task = TASKS[given.pop("task")]
     try:
-        task(given)
+        TASKS[given["task"]](given)
         return 0
     except KeyboardInterrupt:
         sentence, code = "interrupted", 130
