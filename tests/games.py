@@ -1,5 +1,8 @@
 """Small RGB games for tests, used as `--env tests.games:Catch-v0`."""
 
+import os
+import sys
+
 import gymnasium
 import numpy as np
 
@@ -50,6 +53,30 @@ class Crash(Catch):
         return super().step(action)
 
 
+class NoStart(Catch):
+    """A game that simulators cannot start."""
+
+    def __init__(self):
+        if sys.argv[0].endswith("simulator.py"):
+            raise RuntimeError("no ROM")
+
+
+class Windowed(Catch):
+    """A game with a window; the environment says after how many steps its user closes it."""
+
+    metadata = {"render_modes": ["human"]}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+        self.left = int(os.environ.get("CLOSE_WINDOW", "1000")) if render_mode else 1000
+
+    def step(self, action):
+        self.left -= 1
+        if not self.left:
+            os._exit(0)  # as SDL does when its window is closed
+        return super().step(action)
+
+
 class Count(gymnasium.Env):
     """Frames carry what they belong to: game, episode, step and last action; so do rewards.
 
@@ -83,5 +110,21 @@ class Count(gymnasium.Env):
         return ((3 * step + action) % 7 - 3) / 4
 
 
-for game in (Catch, Crash, Count):
+class Recorded(gymnasium.Env):
+    """A game that costs nothing: the same few frames again and again, 1,000 steps an episode."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (84, 84, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(4)
+    frames = np.random.default_rng(0).integers(0, 256, (16, 84, 84, 3), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return self.frames[0], {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.frames[self.steps % 16], 1.0, self.steps == 1000, False, {}
+
+
+for game in (Catch, Crash, NoStart, Windowed, Recorded, Count):
     gymnasium.register(f"{game.__name__}-v0", game)

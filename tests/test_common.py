@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import common
-from common import Episode, Player, UserError, evaluate, make_env, stack_frame, summary
+from common import Episode, Player, UserError, evaluate, make_env, stack_frames, summary
 
 
 class Script(gymnasium.Env):
@@ -109,14 +109,19 @@ def test_breakout_is_the_stochastic_v0():
 
 
 def test_stack():
+    """Two players side by side; the second starts a new episode with frame 4."""
     rng = np.random.default_rng(0)
-    frames = rng.integers(1, 256, (6, 84, 84, 3), dtype=np.uint8)
-    states = np.empty((6, 84, 84, 12), np.uint8)
-    for i, frame in enumerate(frames):
-        stack_frame(states[i - 1] if i else None, frame, states[i])
+    frames = rng.integers(1, 256, (6, 2, 84, 84, 3), dtype=np.uint8)
+    states = rng.integers(1, 256, (7, 2, 84, 84, 12), dtype=np.uint8)
     for i in range(6):
-        history = [frames[j] if j >= 0 else np.zeros((84, 84, 3)) for j in range(i - 3, i + 1)]
-        np.testing.assert_array_equal(states[i], np.concatenate(history, axis=2))
+        stack_frames(states[i], frames[i], [i == 0, i in (0, 4)], states[i + 1])
+    for i in range(6):
+        for player, start in ((0, 0), (1, 4 if i >= 4 else 0)):
+            history = [
+                frames[j, player] if j >= start else np.zeros((84, 84, 3))
+                for j in range(i - 3, i + 1)
+            ]
+            np.testing.assert_array_equal(states[i + 1, player], np.concatenate(history, axis=2))
 
 
 class Scripted:
@@ -188,17 +193,17 @@ def test_a_player_is_silent():
     assert done.stdout + done.stderr == b""
 
 
-def test_a_file_is_replaced_only_by_a_whole_one(tmp_path):
-    path = tmp_path / "x"
+def test_a_file_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
+    path = tmp_path / "file"
     path.write_bytes(b"old")
 
-    def fail(file):
-        file.write(b"half of the n")
-        raise OSError("the disk is full")
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="full"):
-        common.write_file(str(path), fail)
-    assert path.read_bytes() == b"old"
-    common.write_file(str(path), lambda file: file.write(b"new"))
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    with monkeypatch.context() as full:
+        full.setattr(common.os, "fsync", fail)
+        with pytest.raises(OSError, match=r"cannot write .*file: No space left"):
+            common.write_file(str(path), b"new")
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    common.write_file(str(path), b"new")
+    assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import model
-from model import Batch, Learner, Network, WeightFileError, load, save_weights
+from model import Batch, Learner, Network, WeightFileError, load, weights_file
 
 GOLDEN = Path(__file__).parent / "golden" / "golden_A4.npz"
 CPU = torch.device("cpu")
@@ -144,8 +144,7 @@ def test_gradient_norm_metric_is_that_of_all_gradients_before_clipping(learner, 
 @pytest.mark.parametrize("kind, shapes", [("ba3c", BA3C_SHAPES), ("a3c", A3C_SHAPES)])
 def test_files_have_tensorpacks_names_and_layouts(tmp_path, kind, shapes):
     network = Network(kind, shapes["fc-pi/b"][0])
-    with open(tmp_path / "x.npz", "wb") as file:
-        save_weights(file, network)
+    (tmp_path / "x.npz").write_bytes(weights_file(network))
     with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
         assert {name: arrays[name].shape for name in arrays.files} == shapes
         assert {arrays[name].dtype for name in arrays.files} == {np.dtype(np.float32)}

@@ -10,14 +10,13 @@ import torch
 
 from model import Learner, Network
 from predictor import ExperienceQueue, Feed, predict, sample_actions
-from simulator import Books, Segment
+from simulator import Books, Experience
 from tests.games import Count
 
 
 def segment(*numbers):
-    states = [np.full((84, 84, 12), number, np.uint8) for number in numbers]
-    values = np.array(numbers)
-    return Segment(states, values, values / 100, values * 2.0, values + 1000)
+    state = np.ones((84, 84, 12), np.uint8)
+    return [Experience(state * n, n, n / 100, n * 2.0, n + 1000) for n in numbers]
 
 
 def test_queue_keeps_order_and_cuts_batches():
@@ -103,7 +102,8 @@ def test_prediction():
 def options(**changes):
     values = {"batch_size": 32, "queue_size": 32, "local_time_max": 5, "gamma": 0.5}
     values |= {"simulator_proc": 4, "players_per_simulator": 3, "predict_batch_size": 8}
-    return SimpleNamespace(**(values | {"predictor_thread_per_gpu": 2} | changes))
+    values |= {"predictor_thread_per_gpu": 2, "listen": None, "key": None}
+    return SimpleNamespace(**(values | changes))
 
 
 def make_feed(network, **changes):
@@ -113,12 +113,11 @@ def make_feed(network, **changes):
 
 
 def watch(feed):
-    """Record the segments that go into the queue, as (player frames, actions, ...) lists."""
+    """Record the segments that go into the queue."""
     segments, put = [], feed.queue.put
 
     def record(segment):
-        copies = [state.copy() for state in segment.states]
-        segments.append(Segment(copies, *segment[1:]))
+        segments.append([e._replace(state=e.state.copy()) for e in segment])
         return put(segment)
 
     feed.queue.put = record
@@ -133,25 +132,23 @@ def drain(feed, states):
     assert got >= states
 
 
-def test_states_actions_rewards_and_players_stay_together():
-    """With a game whose frames say what they are: every transition is checked on its own."""
-    torch.manual_seed(0)
+def worth_a_quarter():
+    """A network for which every state is worth 1/4, so that every return is known."""
     network = Network("a3c", 4)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
-        network.fc_v.bias.fill_(0.25)  # every state is worth 1/4, so every return is known
-    feed = make_feed(network)
-    segments = watch(feed)
-    try:
-        drain(feed, 6000)
-    finally:
-        feed.close()
-    games, checked = set(), 0
+        network.fc_v.bias.fill_(0.25)
+    return network
+
+
+def check_transitions(segments):
+    """Every transition on its own; returns how many there were, and the episodes of each game."""
+    checked = 0
     episodes_of = {}
     for s in segments:
         following = None
-        for i, (state, action) in enumerate(zip(s.states, s.actions, strict=True)):
+        for i, (state, action, prob, future_reward, _) in enumerate(s):
             game, episode, code = (int(x) for x in state[0, 0, 9:])
             step = code // 10
             # The stack: frames of this very episode, zeros before its start.
@@ -164,18 +161,30 @@ def test_states_actions_rewards_and_players_stay_together():
             reward = Count.reward(step, int(action))
             if following is None:
                 ends = [reward, reward + 0.5 * 0.25]  # the episode's end, or the value 1/4
-                assert min(abs(s.future_rewards[i] - end) for end in ends) < 1e-6
+                assert min(abs(future_reward - end) for end in ends) < 1e-6
             else:
                 # The next frame carries the action that led to it, and it is the action trained on.
                 assert following == (game, episode, step + 1, int(action))
-                expected = reward + 0.5 * s.future_rewards[i - 1]
-                assert s.future_rewards[i] == pytest.approx(expected, abs=1e-6)
-            assert s.action_probs[i] == pytest.approx(0.25)
+                expected = reward + 0.5 * s[i - 1].future_reward
+                assert future_reward == pytest.approx(expected, abs=1e-6)
+            assert prob == pytest.approx(0.25)
             following = (game, episode, step, code % 10)
-            games.add(game)
             episodes_of.setdefault(game, set()).add(episode)
             checked += 1
-    assert len(games) == 12 and checked >= 6000
+    return checked, episodes_of
+
+
+def test_states_actions_rewards_and_players_stay_together():
+    """With a game whose frames say what they are: every transition is checked on its own."""
+    torch.manual_seed(0)
+    feed = make_feed(worth_a_quarter())
+    segments = watch(feed)
+    try:
+        drain(feed, 6000)
+    finally:
+        feed.close()
+    checked, episodes_of = check_transitions(segments)
+    assert len(episodes_of) == 12 and checked >= 6000
     assert all(len(episodes) > 20 for episodes in episodes_of.values())
 
 
@@ -193,9 +202,9 @@ def test_a_prediction_uses_one_version_and_says_which(monkeypatch):
     set_version(0)
     decide, seen = Books.decide, []
 
-    def record(books, players, actions, probs, values, version):
+    def record(books, place, actions, probs, values, version):
         seen.append((set(np.asarray(values).tolist()), version))
-        decide(books, players, actions, probs, values, version)
+        decide(books, place, actions, probs, values, version)
 
     monkeypatch.setattr(Books, "decide", record)
     feed = make_feed(network)
@@ -213,9 +222,10 @@ def test_a_prediction_uses_one_version_and_says_which(monkeypatch):
     assert version >= 300 and len(seen) >= 300
     assert all(values == {float(version)} for values, version in seen)
     for s in segments:
-        favourite = np.exp(s.versions / 100)
-        prob = np.where(s.actions == 3, favourite, 1) / (3 + favourite)
-        np.testing.assert_allclose(s.action_probs, prob, rtol=1e-4)
+        for e in s:
+            favourite = np.exp(e.version / 100)
+            prob = (favourite if e.action == 3 else 1) / (3 + favourite)
+            assert e.action_prob == pytest.approx(prob, rel=1e-4)
 
 
 def test_what_breaks_a_predictor_reaches_the_trainer():

@@ -207,6 +207,8 @@ def test_an_error_in_a_simulator_ends_the_run(tmp_path):
     [
         ((), 2, "--env is required"),
         (("--env", "Brekout-v0"), 2, "nearest names: Breakout-v0"),
+        (("--task", "play", "--env", "Breakout-v0"), 2, "models/Breakout-v0.npz"),
+        (("--task", "play", "--env", "Freeway-v0"), 2, "needs --load FILE"),
         (("--env", "CartPole-v1"), 2, "no game with RGB frames"),
         (("--env", "Pong-v0", "--gpu", "99"), 2, "CUDA device"),
         (("--env", "Pong-v0", "--gpu", "x"), 2, "CUDA device"),

@@ -1,0 +1,389 @@
+"""Kills, crashes, full disks, hostile input: a run goes on correctly or ends with one sentence."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+import zmq
+
+import simulator
+from model import Network, WeightFileError, load, weights_file
+from simulator import FRAME_BYTES, Master
+from tests.test_predictor import check_transitions, drain, make_feed, watch, worth_a_quarter
+from tests.test_simulator import running
+from tests.test_train_atari import CATCH, ROOT, TINY, command, run, simulators
+
+FINE = ("--batch-size", "16", "--simulator-proc", "2", "--players-per-simulator", "2")
+
+
+@contextlib.contextmanager
+def training(tmp_path, *args, **kwargs):
+    """A run on Catch that has done some iterations: (process, function that reads lines until)."""
+    sockets = tmp_path / "t"
+    sockets.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        command(*CATCH, *FINE, "--output", tmp_path / "run", *args),
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(sockets)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+    def until(pattern):
+        while not re.search(pattern, line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        return line
+
+    try:
+        until(r"epoch 1 \d+/6000")
+        yield process, until
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def gone(pids, seconds=3.0):
+    deadline = time.monotonic() + seconds
+    while any(map(running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(running, pids))
+
+
+def test_sigkill_leaves_no_process_and_the_next_start_no_directory(tmp_path):
+    with training(tmp_path, "--seed", 1) as (process, _):
+        pids = simulators(tmp_path / "t")
+        assert len(pids) == 2
+        process.kill()
+        assert gone(pids)
+    (left,) = (tmp_path / "t").glob("batch-a3c-*")
+    os.utime(left, (0, 0))
+    environment = os.environ | {"TMPDIR": str(tmp_path / "t")}
+    done = run(*CATCH, *TINY, "--max-epoch", 1, "--output", tmp_path / "2", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "t").glob("batch-a3c-*"))
+
+
+def test_a_closed_terminal_ends_the_run_like_ctrl_c(tmp_path):
+    with training(tmp_path) as (process, _):
+        pids = simulators(tmp_path / "t")
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(30) == 129
+        assert gone(pids, 0) and not list((tmp_path / "t").glob("batch-a3c-*"))
+    assert load(str(tmp_path / "run" / "checkpoint.pt"))[1]["at"]["global_step"] > 0
+
+
+def test_ctrl_c_twice_leaves_nothing(tmp_path):
+    with training(tmp_path) as (process, _):
+        pids = simulators(tmp_path / "t")
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert gone(pids) and not list((tmp_path / "t").glob("batch-a3c-*"))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "import predictor; predictor.sample_actions = lambda *a: 1 / 0",  # in a predictor thread
+        "import simulator; simulator.Books.segment = lambda *a: 1 / 0",  # in the books
+        "import simulator; simulator.Master.parse = lambda *a: 1 / 0",  # in the master
+        "import model; model.Learner.update = lambda *a, **k: 1 / 0",  # in the trainer
+        "import predictor; predictor.evaluate = lambda *a: 1 / 0",  # in an evaluation
+    ],
+)
+def test_an_exception_ends_everything(tmp_path, fault):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {fault}\n"
+    code += "import train_atari; sys.exit(train_atari.main())"
+    args = (*CATCH, *TINY, "--max-epoch", "1", "--output", str(tmp_path / "run"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert not simulators(tmp_path) and not list(tmp_path.glob("batch-a3c-*"))
+
+
+def test_a_killed_simulator_is_replaced(tmp_path):
+    with training(tmp_path) as (process, until):
+        for _ in range(4):  # more often than one may fail
+            old = simulators(tmp_path / "t")
+            os.kill(old[0], signal.SIGKILL)
+            line = until(r"simulator \d was killed by signal 9")
+            assert "training goes on" in line
+            deadline = time.monotonic() + 5
+            while len(set(simulators(tmp_path / "t")) - {old[0]}) < 2:
+                assert time.monotonic() < deadline
+            assert old[1] in simulators(tmp_path / "t")
+            until(r"epoch 1 \d+/6000")  # and it goes on with training
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+
+
+def test_a_simulator_that_cannot_start_ends_the_run(tmp_path):
+    args = ("--env", "tests.games:NoStart-v0", "--network", "a3c", *FINE)
+    done = run(*args, "--output", tmp_path / "run", timeout=60)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.search(r"simulator \d ended with code 2: no game .*no ROM", line)
+
+
+def test_a_simulator_that_hangs_is_replaced(monkeypatch):
+    monkeypatch.setattr(simulator, "HANG_SECONDS", 3.0)
+    feed = make_feed(worth_a_quarter())
+    try:
+        drain(feed, 200)
+        process = feed.fleet.processes[1]
+        process.send_signal(signal.SIGSTOP)
+        events, deadline = [], time.monotonic() + 30
+        while not events and time.monotonic() < deadline:
+            events += feed.check()
+            feed.queue.get(timeout=0.1)
+        assert events == ["simulator 1 was silent for 3 seconds"]
+        assert feed.fleet.processes[1].pid != process.pid and process.poll() is not None
+        # While the trainer holds the players back, their silence is no fault of theirs.
+        time.sleep(5)
+        assert feed.check() == []
+        drain(feed, 200)
+    finally:
+        feed.close()
+
+
+def test_churn():
+    """A random simulator is killed every second for a minute; every transition stays whole."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    feed = make_feed(worth_a_quarter())
+    segments = watch(feed)
+    end, next_kill, kills, events = time.monotonic() + 60, 0.0, 0, []
+    try:
+        while time.monotonic() < end:
+            feed.queue.get(timeout=0.2)
+            events += feed.check()
+            if time.monotonic() > next_kill and feed.fleet.connected == 4:
+                feed.fleet.processes[rng.randrange(4)].kill()
+                kills, next_kill = kills + 1, time.monotonic() + 1
+    finally:
+        feed.close()
+    checked, episodes_of = check_transitions(segments)
+    assert kills >= 15 and abs(len(events) - kills) <= 1
+    assert all("killed by signal 9" in event for event in events)
+    # Every simulator, the replacing ones too, brought players with games of their own.
+    assert len(episodes_of) > 12 and checked > 6000
+
+
+def test_what_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_path):
+    path = tmp_path / "run"
+    done = run(*CATCH, *TINY, "--max-epoch", 1, "--output", path)
+    assert done.returncode == 0, done.stderr
+    before = {p.name: p.read_bytes() for p in path.glob("[cm]*")}
+    args = ("--load", path / "checkpoint.pt", "--learning-rate", "1e30", "--max-epoch", 9)
+    done = run(*args)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "not finite" in line or re.search(r"\w+ is (nan|-?inf) in iteration \d+", line)
+    after = {p.name: p.read_bytes() for p in path.glob("[cm]*")}
+    assert {k: v for k, v in after.items() if k != "config.json"} == {
+        k: v for k, v in before.items() if k != "config.json"
+    }
+
+
+def test_resume_after_sigkill_goes_on(tmp_path):
+    path = tmp_path / "run"
+    done = run(*CATCH, *TINY, "--max-epoch", 2, "--output", path)
+    assert done.returncode == 0, done.stderr
+    args = command("--load", path / "checkpoint.pt", "--max-epoch", 1000)
+    process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while "epoch 5 is done" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(random.Random(time.time()).random())  # also while it writes
+    process.kill()
+    process.communicate()
+    saved = load(str(path / "checkpoint.pt"))[1]
+    assert saved["at"]["global_step"] >= 50 and saved["learner"]["updates"] >= 50
+    epoch = saved["at"]["epoch"] + 1
+    done = run("--load", path / "checkpoint.pt", "--max-epoch", epoch)
+    assert done.returncode == 0, done.stderr
+    stats = json.loads((path / "stats.json").read_text())
+    assert [e["epoch_num"] for e in stats] == list(range(1, epoch + 1))
+    assert stats[-1]["cost"] < 10 * max(1, abs(stats[0]["cost"]))
+
+
+def test_a_full_disk_stops_nothing_and_damages_nothing(tmp_path):
+    path = tmp_path / "run"
+    done = run(*CATCH, *TINY, "--max-epoch", 1, "--output", path)
+    assert done.returncode == 0, done.stderr
+    before = (path / "checkpoint.pt").read_bytes(), (path / "model-latest.npz").read_bytes()
+    limit = ["bash", "-c", 'ulimit -f 1000; trap "" XFSZ; exec "$@"', "-"]
+    args = command("--load", path / "checkpoint.pt", "--max-epoch", 3)
+    done = subprocess.run(limit + args, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "epoch 3 is done" in done.stdout
+    assert "warning: cannot write" in done.stdout and "training goes on" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert re.search(r"cannot write .*run/\S+: File too large", line)
+    after = (path / "checkpoint.pt").read_bytes(), (path / "model-latest.npz").read_bytes()
+    assert before == after and not list(path.glob(".*"))
+
+
+def test_a_directory_that_vanishes_stops_nothing(tmp_path):
+    with training(tmp_path) as (process, until):
+        (tmp_path / "run").rename(tmp_path / "gone")
+        shutil.rmtree(tmp_path / "gone")
+        until(r"epoch 1 \d+/6000")
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert "warning: cannot write" in output and errors.count("\n") == 1
+
+
+def test_foreign_messages_change_nothing():
+    feed = make_feed(worth_a_quarter())
+    segments = watch(feed)
+    context, sockets = zmq.Context(), []
+    try:
+        drain(feed, 100)
+        for number in range(20):
+            socket = context.socket(zmq.DEALER)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(feed.fleet.masters[number % 2].address)
+            sockets.append(socket)
+        rng = random.Random(0)
+        for _ in range(500):  # a flood
+            for socket in sockets:
+                parts = [rng.randbytes(rng.randrange(2000)) for _ in range(rng.randrange(1, 4))]
+                with contextlib.suppress(zmq.Again):
+                    socket.send_multipart(parts, zmq.NOBLOCK)
+            if feed.queue.get(timeout=0.0) is None:
+                time.sleep(0.001)
+        drain(feed, 1000)
+        events = feed.check() + feed.check()
+        assert sum(master.dropped for master in feed.fleet.masters) > 100
+        assert len(events) <= 1  # drain has asked before, and it is said once
+    finally:
+        feed.close()
+        context.destroy(linger=0)
+    checked, episodes_of = check_transitions(segments)
+    assert checked >= 1000 and len(episodes_of) == 12
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """Flip, cut, insert, repeat."""
+    data = bytearray(data)
+    for _ in range(rng.randrange(1, 5)):
+        place = rng.choice([rng.randrange(len(data) + 1), rng.randrange(min(200, len(data) + 1))])
+        kind = rng.randrange(4)
+        if kind == 0 and place < len(data):
+            data[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[place : place + rng.randrange(1, 100)]
+        elif kind == 2:
+            data[place:place] = rng.randbytes(rng.randrange(1, 20))
+        elif kind == 3:
+            data = data[:place] if rng.random() < 0.2 else data
+    return bytes(data)
+
+
+def test_fuzz_messages(tmp_path):
+    context = zmq.Context()
+    master = Master(context, f"ipc://{tmp_path}/0", simulators=1, players=2)
+    master.admit(b"a", 0)
+    rng, good = random.Random(1), 0
+    header = msgpack.packb([[0.5, -1.0], [False, True], [[3.0, 10]]])
+    for _ in range(10_000):
+        parts = [b"a", mutate(header, rng), bytes(2 * FRAME_BYTES)]
+        message = master.parse(parts)
+        if message is not None:
+            good += 1
+            assert len(message.rewards) == len(message.is_over) == 2
+            assert np.isfinite(message.rewards).all()
+            assert len(message.finished) == sum(message.is_over)
+    assert 0 < good < 9000  # a flipped reward is a reward
+    context.destroy(linger=0)
+
+
+def outcome(path) -> str:
+    """What a loader makes of a file; anything but a network or a sentence fails the test."""
+    try:
+        network, _ = load(str(path))
+    except WeightFileError as error:
+        assert "\n" not in str(error)
+        return "refused"
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+    return "loaded"
+
+
+def test_fuzz_files(tmp_path):
+    torch.manual_seed(0)
+    weights = weights_file(Network("a3c", 3))
+    done = run(*CATCH, *TINY, "--max-epoch", 1, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    checkpoint = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    for name, data, count in (("x.npz", weights, 600), ("x.pt", checkpoint, 400)):
+        rng, seen = random.Random(2), set()
+        path = tmp_path / name
+        for number in range(count):
+            # In one half of them only the directory of the archive and what is near it.
+            tail = len(data) - 3000 if number % 2 else 0
+            path.write_bytes(data[:tail] + mutate(data[tail:], rng))
+            seen.add(outcome(path))
+        assert "refused" in seen
+
+
+class Payload:
+    """What must never run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_files_that_carry_code_or_lie_about_their_size(tmp_path):
+    trap = tmp_path / "it ran"
+    np.savez(tmp_path / "a.npz", **{"fc-pi/b": np.array([Payload(trap)], object)})
+    torch.save({"format": "batch-a3c 1", "learner": Payload(trap)}, tmp_path / "a.pt")
+    huge = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        huge, {"descr": "<f4", "fortran_order": False, "shape": (2**40,)}
+    )
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("fc-pi/b.npy", huge.getvalue())
+    with zipfile.ZipFile(tmp_path / "c.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        zeros = io.BytesIO()
+        np.save(zeros, np.zeros(2**26, np.float32))
+        archive.writestr("fc-pi/b.npy", zeros.getvalue())
+    state = {"kind": "a3c", "num_actions": 2**40, "network": {}}
+    torch.save({"format": "batch-a3c 1", "learner": state}, tmp_path / "b.pt")
+    for name in ("a.npz", "a.pt", "b.npz", "c.npz", "b.pt"):
+        assert outcome(tmp_path / name) == "refused", name
+    assert not trap.exists()
+
+
+def test_limits_are_raised_or_named(tmp_path):
+    limit = ["bash", "-c", 'ulimit -n 400; exec "$@"', "-"]
+    args = command(*CATCH, "--simulator-proc", 240, "--output", tmp_path / "run")
+    done = subprocess.run(limit + args, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "open files" in line and "400" in line

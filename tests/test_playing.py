@@ -1,0 +1,219 @@
+"""Watching, scoring and submitting agents, as their users do, for every game of the original."""
+
+import json
+import os
+import signal
+import subprocess
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from common import VIDEO_FPS, Episode, Recorder, evaluate, model_card, write_submission
+from model import Network, load, weights_file
+from predictor import policy_of
+from tests.test_train_atari import ROOT, command, run
+
+GAMES = """
+AirRaid Alien Amidar Assault Asterix Asteroids Atlantis BankHeist BattleZone BeamRider Berzerk
+Breakout Carnival Centipede ChopperCommand CrazyClimber DemonAttack DoubleDunk ElevatorAction
+FishingDerby Frostbite Gopher Gravitar IceHockey Jamesbond JourneyEscape Kangaroo Krull
+KungFuMaster MsPacman NameThisGame Phoenix Pong Pooyan Qbert Riverraid RoadRunner Robotank Seaquest
+SpaceInvaders StarGunner Tennis Tutankham UpNDown VideoPinball WizardOfWor Zaxxon
+""".split()  # noqa: SIM905
+CATCH = ("--env", "tests.games:Catch-v0")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """An agent that knows nothing of Catch."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("agent") / "agent.npz"
+    path.write_bytes(weights_file(Network("a3c", 3)))
+    return path
+
+
+def frames_of(path):
+    """All frames of a video (n, rows, columns, 3), as another program decodes them."""
+    video = cv2.VideoCapture(str(path))
+    assert video.get(cv2.CAP_PROP_FPS) == VIDEO_FPS
+    assert int(video.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little") in (b"h264", b"avc1")
+    frames = []
+    while (frame := video.read()[1]) is not None:
+        frames.append(frame[..., ::-1])
+    return np.array(frames)
+
+
+def read_submission(path):
+    """Manifest and statistics as gym reads them, and the card; all of it checked."""
+    (manifest,) = path.glob("openaigym.manifest.0.*.manifest.json")
+    infix = manifest.name.removeprefix("openaigym.manifest.").removesuffix(".manifest.json")
+    content = json.loads(manifest.read_text())
+    assert set(content) == {"stats", "videos", "env_info"}
+    assert set(content["env_info"]) == {"gym_version", "env_id"}
+    assert content["stats"] == f"openaigym.episode_batch.{infix}.stats.json"
+    stats = json.loads((path / content["stats"]).read_text())
+    lists = ("timestamps", "episode_lengths", "episode_rewards", "episode_types")
+    assert set(stats) == {"initial_reset_timestamp", *lists}
+    assert len({len(stats[name]) for name in lists}) == 1
+    assert set(stats["episode_types"]) == {"t"}  # the only ones that gym scores
+    assert sorted(stats["timestamps"]) == stats["timestamps"]
+    assert stats["initial_reset_timestamp"] <= stats["timestamps"][0]
+    for video, meta in content["videos"]:
+        what = json.loads((path / meta).read_text())
+        assert set(what) == {"episode_id", "content_type", "encoder_version"}
+        assert set(what["encoder_version"]) == {"backend", "version", "cmdline"}
+        assert what["content_type"] == "video/mp4"
+        assert video == f"openaigym.video.{infix}.video{what['episode_id']:06}.mp4"
+        assert len(frames_of(path / video)) == stats["episode_lengths"][what["episode_id"]]
+    _, front, text = (path / "README.md").read_text().split("---\n", 2)
+    return content, stats, json.loads(front), text
+
+
+def test_submission(weights, tmp_path):
+    done = run(
+        "--task",
+        "gen_submit",
+        *CATCH,
+        "--load",
+        weights,
+        "--episode",
+        10,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": ""},
+    )  # no ffmpeg anywhere
+    assert done.returncode == 0, done.stderr
+    assert "gym scores a submission of 100 or more" in done.stdout
+    assert "10/10, score=" in done.stdout
+    path = tmp_path / "output_dir"
+    content, stats, front, text = read_submission(path)
+    assert [int(video[-10:-4]) for video, _ in content["videos"]] == [0, 1, 8]
+    rewards = stats["episode_rewards"]
+    assert len(rewards) == 10 and stats["episode_lengths"] == [30] * 10
+    result = json.loads((path / "results.json").read_text())
+    assert result["mean_reward"] == np.mean(rewards) and result["std_reward"] == np.std(rewards)
+    assert result["n_evaluation_episodes"] == 10 and result["is_deterministic"] is False
+    assert result["episode_rewards"] == rewards
+    (evaluation,) = front["model-index"][0]["results"]
+    score = f"{np.mean(rewards):.2f} +/- {np.std(rewards):.2f}"
+    assert evaluation["metrics"][0]["value"] == score and score in text
+    assert evaluation["dataset"]["name"] == "tests.games:Catch-v0"
+    best = max((0, 1, 8), key=lambda episode: rewards[episode])
+    recorded = dict(zip((0, 1, 8), content["videos"], strict=True))[best][0]
+    assert (path / "replay.mp4").read_bytes() == (path / recorded).read_bytes()
+    model, _ = load(str(path / "tests.games-Catch-v0.npz"))
+    assert torch.equal(model.fc_pi.weight, load(str(weights))[0].fc_pi.weight)
+    assert not list(path.glob(".*"))
+
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    again = run("--task", "gen_submit", *CATCH, "--load", weights, "--output", path)
+    assert again.returncode == 2 and "is not empty" in again.stderr
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_submission_is_whole(weights, tmp_path, signum, code):
+    args = ("--task", "gen_submit", *CATCH, "--load", weights, "--episode", 100_000)
+    args += ("--output", tmp_path)
+    process = subprocess.Popen(command(*args), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines = []
+    while not (lines and lines[-1].startswith("12/")):
+        lines.append(process.stdout.readline())
+        assert lines[-1], lines
+    process.send_signal(signum)
+    rest, _ = process.communicate(timeout=30)
+    assert process.returncode == code
+    _, stats, front, _ = read_submission(tmp_path)
+    assert len(stats["timestamps"]) >= 12
+    scores = [float(line.split("=")[1]) for line in lines + rest.splitlines() if "score=" in line]
+    assert stats["episode_rewards"] == scores[: len(stats["episode_rewards"])]
+    assert f"{np.mean(stats['episode_rewards']):.2f} +/-" in json.dumps(front)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_play(weights, tmp_path):
+    """A window of a driver that shows nothing; no window where there is no display."""
+    args = ("--task", "play", "--load", weights, "--episode", 2, "--env")
+    hidden = {"SDL_VIDEODRIVER": "dummy", "SDL_AUDIODRIVER": "dummy"}
+    game = "tests.games:Windowed-v0"
+    done = run(*args, game, env=os.environ | hidden)
+    assert done.returncode == 0, done.stderr
+    assert "1/2, score=" in done.stdout and "2/2, score=" in done.stdout and "mean" in done.stdout
+    closed = run(*args, game, env=os.environ | hidden | {"CLOSE_WINDOW": "40"})
+    assert closed.returncode == 0, closed.stderr
+    assert "1/2, score=" in closed.stdout and "2/2" not in closed.stdout
+    assert closed.stdout.split("episodes")[1].split()[0] == "1"
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    done = run(*args[:-1], "--env", "Freeway-v0", env=environment)
+    assert done.returncode == 1
+    assert "no window" in done.stderr and "--output DIR writes videos" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_play_without_a_display(weights, tmp_path):
+    path = tmp_path / "videos"
+    done = run("--task", "play", *CATCH, "--load", weights, "--episode", 2, "--output", path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in path.iterdir()) == ["episode000000.mp4", "episode000001.mp4"]
+    frames = frames_of(path / "episode000000.mp4")
+    assert frames.shape == (30, 98, 84, 3)
+    # The ball, white, one row further down in every frame until it is caught or lost.
+    rows = [np.argwhere((frame > 180).all(axis=-1))[:, 0].mean() // 14 for frame in frames]
+    assert rows[:6] == [1, 2, 3, 4, 5, 0] and rows[6:12] == rows[:6]
+
+
+def test_eval_writes_its_results(weights, tmp_path):
+    args = ("--task", "eval", *CATCH, "--load", weights, "--episode", 5, "--seed", 3, "--output")
+    first, second = (run(*args, tmp_path / name) for name in ("a", "b"))
+    assert first.returncode == second.returncode == 0, first.stderr
+    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
+    assert one.pop("eval_datetime") < other.pop("eval_datetime")
+    assert one == other and len(one["episode_rewards"]) == 5
+    assert one["mean_reward"] == np.mean(one["episode_rewards"])
+    assert run(*args, tmp_path / "a").returncode == 2
+
+
+def test_a_full_disk_is_one_sentence(weights, tmp_path):
+    limit = ["bash", "-c", 'ulimit -f 8; trap "" XFSZ; exec "$@"', "-"]
+    args = command("--task", "gen_submit", *CATCH, "--load", weights, "--output", tmp_path)
+    done = subprocess.run(limit + args, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "cannot write" in line and "agent.npz" not in line
+
+
+def test_a_card_is_read_whatever_the_game_is_called():
+    result = {"env_id": "a: [b]#", "mean_reward": -1.0, "std_reward": 0.0}
+    card = model_card(result | {"n_evaluation_episodes": 3}, "x.npz")
+    front = json.loads(card.split("---\n", 2)[1])
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == "a: [b]#"
+
+
+def test_the_shipped_agent_plays_well(tmp_path):
+    """Its mean is 119 with a deviation of 47: eight episodes reach 50, a random agent 1.2."""
+    weights = ROOT / "models" / "Breakout-v0.npz"
+    args = ("--env", "Breakout-v0", "--load", weights, "--episode", 8, "--output", tmp_path)
+    done = run("--task", "eval", *args)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results.json").read_text())["mean_reward"] > 50
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_every_game(game, tmp_path):
+    """Player, network, a short evaluation and a short recording; some write a submission too."""
+    env_id = f"{game}-v0"
+    recorder = Recorder(env_id, 1, lambda episode: str(tmp_path / f"{episode}.mp4"))
+    recorder.player.max_steps = 6
+    network = Network("a3c", recorder.player.num_actions)
+    episodes: list[Episode] = []
+    for done in evaluate(recorder, policy_of(network), 2, seed=1, seconds=60):
+        episodes = done
+    recorder.close()
+    assert [episode.length for episode in episodes] == [6, 6]
+    height = recorder.player.screen.shape[0]
+    assert frames_of(tmp_path / "0.mp4").shape == (6, height, 160, 3)
+    write_submission(str(tmp_path), env_id, recorder, episodes, model="x.npz", config={})
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["env_id"] == env_id and result["episode_lengths"] == [6, 6]
+    assert 3 <= recorder.player.num_actions <= 18

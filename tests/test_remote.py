@@ -1,0 +1,120 @@
+"""Simulators that join a run over a network (here: loopback)."""
+
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+import zmq
+
+from tests.test_faults import gone, training
+from tests.test_train_atari import ROOT, run, simulators
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def helper(address, key, *args):
+    """A command that adds two simulators; its processes are found by the key's path."""
+    program = [sys.executable, str(ROOT / "simulator.py"), "--connect", address, "--key", str(key)]
+    program += ["--env", "tests.games:Catch-v0", "--players", "2", "--simulator-proc", "2", *args]
+    return subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def test_simulators_come_and_go(tmp_path):
+    address = f"tcp://127.0.0.1:{(port := free_port())}"
+    (tmp_path / "keys").mkdir()
+    key, wrong = tmp_path / "keys" / "key", tmp_path / "keys" / "wrong"
+    started = []
+    with training(tmp_path, "--listen", address, "--key", key) as (process, until):
+        try:
+            assert stat.S_IMODE(key.stat().st_mode) == 0o600
+            # Who has no key, a wrong one, or speaks garbage changes nothing.
+            wrong.write_bytes(b"\n".join(zmq.curve_keypair()))
+            started.append(helper(address, wrong))
+            context = zmq.Context()
+            plain = context.socket(zmq.DEALER)
+            plain.setsockopt(zmq.LINGER, 0)
+            plain.connect(address)
+            plain.send_multipart([b"x", b"y"])
+            with socket.create_connection(("127.0.0.1", port)) as raw:
+                raw.sendall(os.urandom(100_000))
+            line = started[0].stderr.readline()
+            assert "does not know the key" in line
+            until(r"epoch 1 \d+/6000")
+            context.destroy(linger=0)
+            started[0].kill()
+            # Who has it joins, is killed, and joins again.
+            for _ in range(2):
+                started.append(helper(address, key))
+                until("simulators have joined")
+                pids = [pid for pid in simulators(key) if pid not in (process.pid,)]
+                assert len(pids) == 3
+                started[-1].kill()
+                assert gone([pid for pid in pids if pid != started[-1].pid])
+                line = until(r"epoch 1 \d+/6000")
+                assert float(re.search(r"(\S+) states/s", line)[1]) > 0
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+            assert process.returncode == 130 and "SIGINT" in errors
+        finally:
+            for program in started:
+                program.kill()
+                program.communicate()
+    time.sleep(0.2)
+    assert gone(simulators(tmp_path / "keys"))
+
+
+def test_simulators_outlive_the_run_and_join_the_next(tmp_path):
+    address, key = f"tcp://127.0.0.1:{free_port()}", tmp_path / "key"
+    program = None
+    try:
+        for name in ("1", "2"):
+            (tmp_path / name).mkdir()
+            args = ("--listen", address, "--key", key)
+            with training(tmp_path / name, *args) as (process, _):
+                program = program or helper(address, key)
+                log, deadline = tmp_path / name / "run" / "log.log", time.monotonic() + 60
+                while "simulators have joined" not in log.read_text():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(30) == 130
+            assert program.poll() is None
+    finally:
+        program.send_signal(signal.SIGTERM)
+        program.communicate()
+    assert program.returncode == 143
+    assert gone(simulators(key))
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (("--listen", "tcp://127.0.0.1:0"), "--listen needs --key"),
+        (("--listen", "tcp://127.0.0.1:0", "--key", "/nowhere/key"), "cannot write the key"),
+        (("--listen", "tcp://127.0.0.1:0", "--key", str(ROOT / "README.md")), "holds no key"),
+        (("--listen", "nonsense", "--key", "key"), "cannot listen on nonsense"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tmp_path, args, text):
+    game = ("--env", "tests.games:Catch-v0", "--network", "a3c", "--output", tmp_path / "run")
+    done = run(*game, *args, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode in (1, 2)
+    (line,) = done.stderr.splitlines()
+    assert text in line
+
+
+def test_a_simulator_without_a_key_does_not_start(tmp_path):
+    for extra, text in (((), "--key FILE is needed"), (("--key", "none"), "cannot read the key")):
+        program = [sys.executable, str(ROOT / "simulator.py"), "--connect", "tcp://127.0.0.1:1"]
+        program += ["--env", "Pong-v0", *extra]
+        done = subprocess.run(program, capture_output=True, text=True)
+        assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1
