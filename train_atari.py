@@ -59,7 +59,7 @@ from common import (
 # torch and the rooms that need it are imported where they are used: --help does not wait for them.
 
 EVAL_EPOCH = 3  # epochs from one evaluation to the next
-CPU_PREDICTORS = 4  # at most: with more the batches get too small
+CPU_PREDICTORS = 4  # at most, one per two cores: Python runs one thread at a time
 CPU_PLAYERS = 32  # in all: on a CPU a process per core with several players costs least
 EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 CHECKPOINT_SECONDS = 300
@@ -126,7 +126,7 @@ SPEED = (
     ("SIMULATOR_PROC", count, 50, "simulator processes; on a CPU 1 per core"),
     ("PLAYERS_PER_SIMULATOR", count, 1, f"on a CPU so many that all are {CPU_PLAYERS}"),
     ("PREDICT_BATCH_SIZE", count, 15, "most states in one prediction"),
-    ("PREDICTOR_THREAD_PER_GPU", count, 3, f"on a CPU 1 per core, {CPU_PREDICTORS} at most"),
+    ("PREDICTOR_THREAD_PER_GPU", count, 3, f"on a CPU 1 per 2 cores, {CPU_PREDICTORS} at most"),
     ("QUEUE_SIZE", count, 128, "states that may wait for the trainer; default: a batch"),
 )
 
@@ -248,7 +248,7 @@ def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
     o = argparse.Namespace(**table, listen=None, key=None)
     if on_cpu:
         o.simulator_proc = ranks * min(cores, CPU_PLAYERS)
-        o.predictor_thread_per_gpu = min(cores, CPU_PREDICTORS)
+        o.predictor_thread_per_gpu = min(-(-cores // 2), CPU_PREDICTORS)
     o.simulator_proc = max(1, chosen.get("simulator_proc", o.simulator_proc) // ranks)
     chosen = chosen | {"simulator_proc": o.simulator_proc}
     if on_cpu:
