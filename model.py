@@ -19,9 +19,9 @@ CHECKPOINT_FORMAT = "batch-a3c 1"
 STATE_SHAPE = (84, 84, 12)  # row, column, history * 3 + rgb (oldest frame first)
 LOSSES = ("policy_loss", "xentropy_loss", "value_loss", "cost")
 METRICS = (*LOSSES, "importance", "rms_advantage", "predict_reward", "grad_norm")
-# On a CPU a batch is cut into parts of at most this many states, one thread each: their activations
+# On a CPU a batch is cut into parts of at most so many states, one thread each: their activations
 # stay in the caches, and threads that never wait for each other lose least to the busy players.
-CPU_PART = 64
+CPU_PART = {"ba3c": 32, "a3c": 64}
 
 
 class WeightFileError(OSError):
@@ -209,7 +209,8 @@ class Learner:
         if self.cuda:
             results = [part_gradients(batch)]
         else:
-            part = min(CPU_PART, max(8, -(-len(batch.actions) // self.threads)))
+            share = -(-len(batch.actions) // self.threads)
+            part = min(CPU_PART[self.network.kind], max(8, share))
             results = list(self.pool.map(part_gradients, batch.split(part)))
         columns = zip(*(gradients for _, gradients in results), strict=True)
         return sum(terms for terms, _ in results), [sum(parts[1:], parts[0]) for parts in columns]

@@ -179,6 +179,14 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
         gpu = threading.Lock()
         learner = Waiter(Instant(num_actions, gpu_ms[0], gpu), gpu_ms[1] if train else 0, gpu)
     spent = dict.fromkeys(("predict", "answer"), 0.0)
+    real = predictor.predict
+    if gpu_ms == (0, 0):  # nothing of torch either
+        rows = o.predict_batch_size + o.players_per_simulator
+        policy = np.full((rows, num_actions), 1 / num_actions, np.float32)
+        predictor.predict = lambda network, states: (
+            policy[: len(states)],
+            policy[: len(states), 0],
+        )
     undo = [timed(predictor, "predict", spent), timed(predictor.Feed, "answer", spent)]
     feed = predictor.Feed(env_id, o, learner, np.random.SeedSequence(0))
     pids = [process.pid for process in feed.fleet.processes]
@@ -214,6 +222,7 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
         feed.close()
         for restore in undo:
             restore()
+        predictor.predict = real
     us = 1e6 / states
     return {
         "states/s": states / wall,

@@ -105,7 +105,7 @@ def test_forward(learner, golden):
 
 @pytest.mark.parametrize("part", [16, 5])
 def test_gradients(learner, golden, monkeypatch, part):
-    monkeypatch.setattr(model, "CPU_PART", part)
+    monkeypatch.setattr(model, "CPU_PART", {"ba3c": part})
     _, gradients = learner.gradients(golden_arrays()[1], entropy_beta=0.01)
     for name, gradient in tensorpack_arrays(learner.network, gradients).items():
         norm, expected = np.linalg.norm(gradient), golden[f"grad_norm/{name}"]
@@ -119,7 +119,7 @@ def test_gradients(learner, golden, monkeypatch, part):
 
 @pytest.mark.parametrize("part", [16, 6])
 def test_updates(learner, golden, monkeypatch, part):
-    monkeypatch.setattr(model, "CPU_PART", part)
+    monkeypatch.setattr(model, "CPU_PART", {"ba3c": part})
     batch = golden_arrays()[1]
     for step in (1, 2, 3):
         values = learner.update(batch, learning_rate=1e-3, entropy_beta=0.01).tolist()
