@@ -199,7 +199,9 @@ class Master:
     def receive(self, most: int, timeout_ms: int) -> list[Message]:
         """What has arrived, up to `most` players (one message at least); waits for the first."""
         messages: list[Message] = []
-        self.socket.poll(timeout_ms)
+        if not self.socket.poll(0):
+            self.drained = time.monotonic()
+            self.socket.poll(timeout_ms)
         for _ in range(max(1, most // self.players)):
             try:
                 message = self.parse(self.socket.recv_multipart(zmq.NOBLOCK))

@@ -190,9 +190,16 @@ def join_ranks(devices: list) -> tuple:
         if os.environ.get("BATCH_A3C_LAUNCHER"):
             threading.Thread(target=end_with_launcher, daemon=True).start()
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # Nothing lets go of a rank that waits for the others here; it has nothing to clean up yet.
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # The others wait while rank 0 evaluates; a rank that ends is noticed at once.
         wait = datetime.timedelta(days=1)
-        torch.distributed.init_process_group(backend, timeout=wait)
+        try:
+            torch.distributed.init_process_group(backend, timeout=wait)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"rank {rank} cannot join the others: {reason}") from error
+        signal.signal(signal.SIGTERM, handler)
     return device, rank
 
 
@@ -212,6 +219,7 @@ def launch(ranks: int) -> None:
         port = server.getsockname()[1]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     world |= {"LOCAL_WORLD_SIZE": str(ranks), "BATCH_A3C_LAUNCHER": "1"}
+    world["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # when one ends, the others say so in one sentence
     processes: list[subprocess.Popen] = []
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda signum, frame: processes[0].send_signal(signum))

@@ -131,3 +131,17 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("seconds", [2, 3, 4])
+def test_an_interrupt_while_ranks_start(tmp_path, seconds):
+    """Also while one of them waits for the other, which nothing but a signal ends."""
+    program = command(*CATCH, "--ranks", 2, "--output", tmp_path / "run")
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(program, cwd=ROOT, **streams)
+    time.sleep(seconds)
+    ranks = simulators(tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and gone(ranks)
+    assert "Traceback" not in errors and "frame #" not in errors
