@@ -76,6 +76,18 @@ def end_with_parent() -> None:
     os._exit(0)
 
 
+def end(processes: list[subprocess.Popen], seconds: float) -> None:
+    """Close the pipes that these lives hang on, and kill whatever has not ended in time."""
+    for process in processes:
+        process.stdin.close()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.wait()
+
+
 def read_key(path: str) -> list[bytes]:
     """Public and secret key, for ZeroMQ's CURVE, in a file that only those who may join have."""
     try:
@@ -455,14 +467,7 @@ class Fleet:
     def close(self) -> None:
         """End all simulators and remove the sockets; no thread may use the masters any more."""
         with undisturbed():
-            for process in self.processes:
-                process.stdin.close()
-            deadline = time.monotonic() + END_SECONDS
-            for process in self.processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, deadline - time.monotonic()))
-                process.kill()
-                process.wait()
+            end(self.processes, END_SECONDS)
             self.context.destroy(linger=0)
             shutil.rmtree(self.directory, ignore_errors=True)
             os.close(self.lock)
@@ -516,9 +521,7 @@ def add_players(a: argparse.Namespace) -> None:
                     processes[i] = subprocess.Popen(command, stdin=subprocess.PIPE)
             time.sleep(REJOIN_SECONDS)
     finally:
-        for process in filter(None, processes):
-            process.kill()
-            process.wait()
+        end(list(filter(None, processes)), END_SECONDS)
 
 
 def main() -> int:

@@ -215,6 +215,8 @@ def launch(ranks: int) -> None:
 
     Signals go to rank 0, which saves.
     """
+    from simulator import end
+
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
@@ -235,14 +237,7 @@ def launch(ranks: int) -> None:
             time.sleep(0.1)
             failed = [rank for rank, process in enumerate(processes) if process.poll()]
     finally:
-        for process in processes:
-            process.stdin.close()  # which ends it
-        deadline = time.monotonic() + LAUNCH_END_SECONDS
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-            process.kill()
-            process.wait()
+        end(processes, LAUNCH_END_SECONDS)
     for rank in failed[:1]:
         if rank:
             raise UserError(f"rank {rank} ended with code {processes[rank].returncode}")
