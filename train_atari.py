@@ -129,6 +129,8 @@ SPEED = (
     ("PREDICTOR_THREAD_PER_GPU", count, 3, f"on a CPU 1 per 2 cores, {CPU_PREDICTORS} at most"),
     ("QUEUE_SIZE", count, 128, "states that may wait for the trainer; default: a batch"),
 )
+# With the small network, whose gradients are far below the original's epsilon: see the README.
+LEARNING_OF_A3C = {"adam_epsilon": 1e-5, "learning_rate": "7e-4"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -158,7 +160,9 @@ def make_parser() -> argparse.ArgumentParser:
     for title, options in (("what changes learning", LEARNING), ("what changes speed", SPEED)):
         group = parser.add_argument_group(title)
         for name, kind, default, text in options:
-            flag, text = "--" + name.lower().replace("_", "-"), f"{text} (default {default})"
+            flag = "--" + name.lower().replace("_", "-")
+            of_a3c = LEARNING_OF_A3C.get(name.lower())
+            text += f" (default {default}" + (f"; with a3c {of_a3c})" if of_a3c else ")")
             group.add_argument(flag, type=kind, metavar="X", help=text)
     return parser
 
@@ -248,6 +252,8 @@ def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
     """All options of a rank: the chosen ones, and what fits them and its share of this machine."""
     cores = max(1, (os.cpu_count() or 1) // ranks)
     table = {name.lower(): default for name, _, default, _ in LEARNING + SPEED}
+    if chosen.get("network") == "a3c":
+        table |= LEARNING_OF_A3C
     o = argparse.Namespace(**table, listen=None, key=None)
     if on_cpu:
         o.simulator_proc = ranks * min(cores, CPU_PLAYERS)

@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
     # Balls have nothing to do with each other: with 0.99 the returns are mostly noise, and of ten
     # runs three were not done after these iterations.
     learning = ("--adam-epsilon", "1e-5", "--entropy-beta", "0.01,2:0.005", "--gamma", "0.9")
-    learning += ("--seed", "1")
+    learning += ("--learning-rate", "1e-3", "--seed", "1")
     size = ("--batch-size", "64", "--steps-per-epoch", "300", "--max-epoch", "2")
     size += ("--simulator-proc", "2", "--players-per-simulator", "8", "--eval-episode", "8")
     done = run(*CATCH, *learning, *size, "--output", path)
@@ -304,5 +304,7 @@ def test_defaults_on_a_gpu_are_the_originals():
     assert (o.predict_batch_size, o.predictor_thread_per_gpu) == (15, 3)
     assert (o.batch_size, o.local_time_max, o.gamma, o.adam_epsilon) == (128, 5, 0.99, 1e-3)
     assert (o.steps_per_epoch, o.max_epoch, o.eval_episode) == (6000, 1000, 50)
+    small = complete({"network": "a3c", "learning_rate": "1e-3"}, on_cpu=False)
+    assert (small.adam_epsilon, small.learning_rate) == (1e-5, "1e-3")
     fast = {"simulator_proc": 240, "predict_batch_size": 30, "predictor_thread_per_gpu": 6}
     assert vars(complete(fast, on_cpu=False)).items() >= fast.items()
