@@ -190,13 +190,18 @@ def test_a_card_is_read_whatever_the_game_is_called():
     assert front["model-index"][0]["results"][0]["dataset"]["name"] == "a: [b]#"
 
 
-def test_the_shipped_agent_plays_well(tmp_path):
-    """Its mean is 119 with a deviation of 47: eight episodes reach 50, a random agent 1.2."""
-    weights = ROOT / "models" / "Breakout-v0.npz"
-    args = ("--env", "Breakout-v0", "--load", weights, "--episode", 8, "--output", tmp_path)
+# Far below what the README says of them, in deviations of such a mean, and far above a random agent.
+SHIPPED = {"Breakout": (8, 50), "CrazyClimber": (4, 25_000)}
+
+
+@pytest.mark.parametrize("game", SHIPPED)
+def test_a_shipped_agent_plays_well(game, tmp_path):
+    episodes, floor = SHIPPED[game]
+    weights = ROOT / "models" / f"{game}-v0.npz"
+    args = ("--env", f"{game}-v0", "--load", weights, "--episode", episodes, "--output", tmp_path)
     done = run("--task", "eval", *args)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "results.json").read_text())["mean_reward"] > 50
+    assert json.loads((tmp_path / "results.json").read_text())["mean_reward"] > floor
 
 
 @pytest.mark.parametrize("game", GAMES)
