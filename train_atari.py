@@ -366,7 +366,7 @@ class Training:
         facts = {
             "run": f"{self.env_id} ({network.num_actions} actions) in {self.path}, seed {o.seed}",
             "network": f"{network.kind}, {parameters:,} parameters",
-            "device": f"{self.device}, {cores} cores, {o.predictor_thread_per_gpu} predictors",
+            "device": f"{self.device}, {cores} cores, predictors: {o.predictor_thread_per_gpu}",
             "players": f"{o.simulator_proc} processes x {o.players_per_simulator} = {players}",
             "epoch": f"{o.steps_per_epoch:,} iterations x {o.batch_size} = {states:,} states",
             "ranks": f"{ranks}, each with these players; an iteration has {ranks} batches",
