@@ -65,6 +65,7 @@ EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 CHECKPOINT_SECONDS = 300
 LOG_SECONDS = 10
 CHECK_STEPS = 500  # iterations after which several ranks compare their weights
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
 # Measured on both cores of a two-core server: states/s per core, everything together.
 STATES_PER_CORE = {"ba3c": 52, "a3c": 460}
@@ -227,8 +228,9 @@ def launch(ranks: int) -> None:
     world |= {"LOCAL_WORLD_SIZE": str(ranks), "BATCH_A3C_LAUNCHER": "1"}
     world["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # when one ends, the others say so in one sentence
     processes: list[subprocess.Popen] = []
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in SIGNALS:
         signal.signal(signum, lambda signum, frame: processes[0].send_signal(signum))
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a rank can end in good order
     try:
         for rank in range(ranks):
             environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -236,6 +238,7 @@ def launch(ranks: int) -> None:
             command = [sys.executable, *sys.argv]
             process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
             processes.append(process)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         failed: list[int] = []
         while processes[0].poll() is None and not failed:
             time.sleep(0.1)
@@ -245,7 +248,8 @@ def launch(ranks: int) -> None:
     for rank in failed[:1]:
         if rank:
             raise UserError(f"rank {rank} ended with code {processes[rank].returncode}")
-    sys.exit(processes[0].returncode)
+    code = processes[0].returncode
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
@@ -450,7 +454,7 @@ class Training:
             raise UserError(f"the run is done: {self.at['epoch']} epochs (--max-epoch)", 0)
         seeds = np.random.SeedSequence((self.options.seed, self.at["starts"], self.rank))
         if self.rank == 0:  # the others end with it
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for signum in SIGNALS:
                 signal.signal(signum, self.on_signal)
             # TensorBoard's thread, on a full disk; all others report by themselves.
             threading.excepthook = lambda args: self.log(f"warning: {args.exc_value}")
@@ -782,6 +786,7 @@ def main() -> int:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of a rank: its launcher blocked them
         TASKS[given["task"]](given)
         return 0
     except KeyboardInterrupt:

@@ -133,7 +133,7 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
         process.communicate()
 
 
-@pytest.mark.parametrize("seconds", [2, 3, 4])
+@pytest.mark.parametrize("seconds", [0.7, 1.5, 3, 4])
 def test_an_interrupt_while_ranks_start(tmp_path, seconds):
     """Also while one of them waits for the other, which nothing but a signal ends."""
     program = command(*CATCH, "--ranks", 2, "--output", tmp_path / "run")
