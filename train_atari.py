@@ -117,6 +117,7 @@ LEARNING = (
     ("LOCAL_TIME_MAX", count, 5, "steps of an n-step return"),
     ("GAMMA", positive, 0.99, "discount per step"),
     ("LEARNING_RATE", schedule, "1e-3,20:3e-4,120:1e-4", "VALUE,EPOCH:VALUE,... from that epoch"),
+    ("WARM_UP", whole, 0, "iterations in which the learning rate rises to its value"),
     ("ENTROPY_BETA", schedule, "0.01,80:0.005", "VALUE,EPOCH:VALUE,..."),
     ("ADAM_EPSILON", positive, 1e-3, "epsilon of Adam in TensorFlow's form"),
     ("STEPS_PER_EPOCH", count, 6000, "iterations per epoch"),
@@ -131,7 +132,9 @@ SPEED = (
     ("QUEUE_SIZE", count, 128, "states that may wait for the trainer; default: a batch"),
 )
 # With the small network, whose gradients are far below the original's epsilon: see the README.
-LEARNING_OF_A3C = {"adam_epsilon": 1e-5, "learning_rate": "7e-4"}
+# Adam's first steps then change every weight by the whole learning rate, until its estimates are
+# good: Ma & Yarats 2019 (arXiv 1910.04209) let it rise for 2 / (1 - beta2) iterations.
+LEARNING_OF_A3C = {"adam_epsilon": 1e-5, "learning_rate": "7e-4", "warm_up": 2000}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -487,6 +490,7 @@ class Training:
         at, steps, epoch = self.at, self.options.steps_per_epoch, self.at["epoch"] + 1
         names = ("learning_rate", "entropy_beta")
         self.rates = {name: scheduled(getattr(self.options, name), epoch) for name in names}
+        learning_rate, warm_up = self.rates["learning_rate"], max(1, self.options.warm_up)
         self.rows, self.shown, self.epoch_began = [], 0, time.monotonic()
         self.bar = tqdm(
             total=steps, initial=at["epoch_step"], disable=self.rank > 0 or not sys.stderr.isatty()
@@ -497,6 +501,8 @@ class Training:
                 batch, versions = self.next_batch()
                 lag = at["global_step"] - versions
                 extra = (lag.mean(), lag.max(), len(self.feed.queue))
+                warmth = min(1.0, (at["global_step"] + 1) / warm_up)
+                self.rates["learning_rate"] = learning_rate * warmth
                 self.unread.append(self.learner.update(batch, **self.rates, extra=extra))
                 at["global_step"] += 1
                 at["epoch_step"] += 1

@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
     # Balls have nothing to do with each other: with 0.99 the returns are mostly noise, and of ten
     # runs three were not done after these iterations.
     learning = ("--adam-epsilon", "1e-5", "--entropy-beta", "0.01,2:0.005", "--gamma", "0.9")
-    learning += ("--learning-rate", "1e-3", "--seed", "1")
+    learning += ("--learning-rate", "1e-3", "--warm-up", "50", "--seed", "1")
     size = ("--batch-size", "64", "--steps-per-epoch", "300", "--max-epoch", "2")
     size += ("--simulator-proc", "2", "--players-per-simulator", "8", "--eval-episode", "8")
     done = run(*CATCH, *learning, *size, "--output", path)
@@ -73,6 +73,7 @@ def test_what_a_run_leaves(trained):
         assert set(epoch) == METRICS | {"epoch_num", "global_step"}
         assert 0 < epoch["policy_lag"] <= 3 and epoch["policy_lag_max"] >= epoch["policy_lag"]
     assert [epoch["entropy_beta"] for epoch in stats] == [0.01, 0.005]
+    assert [epoch["learning_rate"] for epoch in stats] == [1e-3, 1e-3]
     assert stats[0]["mean_score"] is None and stats[1]["max_score"] == 5
     config = json.loads((path / "config.json").read_text())
     assert config["env"] == "tests.games:Catch-v0" and config["seed"] == 1
@@ -122,6 +123,8 @@ def test_resume(tmp_path):
     stats = json.loads((path / "stats.json").read_text())
     assert [epoch["epoch_num"] for epoch in stats] == [1, 2, 3]
     assert [epoch["global_step"] for epoch in stats] == [10, 20, 30]
+    rates = [epoch["learning_rate"] for epoch in stats]  # it rises for 2,000 iterations
+    np.testing.assert_allclose(rates, [7e-4 * step / 2000 for step in (10, 20, 30)])
     assert stats[:2] == saved["stats"]
     again = load(str(path / "checkpoint.pt"))[1]
     assert again["learner"]["updates"] == 30 and again["options"]["batch_size"] == 16
@@ -303,8 +306,9 @@ def test_defaults_on_a_gpu_are_the_originals():
     assert (o.simulator_proc, o.players_per_simulator) == (50, 1)
     assert (o.predict_batch_size, o.predictor_thread_per_gpu) == (15, 3)
     assert (o.batch_size, o.local_time_max, o.gamma, o.adam_epsilon) == (128, 5, 0.99, 1e-3)
+    assert (o.learning_rate, o.warm_up) == ("1e-3,20:3e-4,120:1e-4", 0)
     assert (o.steps_per_epoch, o.max_epoch, o.eval_episode) == (6000, 1000, 50)
     small = complete({"network": "a3c", "learning_rate": "1e-3"}, on_cpu=False)
-    assert (small.adam_epsilon, small.learning_rate) == (1e-5, "1e-3")
+    assert (small.adam_epsilon, small.learning_rate, small.warm_up) == (1e-5, "1e-3", 2000)
     fast = {"simulator_proc": 240, "predict_batch_size": 30, "predictor_thread_per_gpu": 6}
     assert vars(complete(fast, on_cpu=False)).items() >= fast.items()
