@@ -43,6 +43,13 @@ class UserError(Exception):
         self.code = code
 
 
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
     """The gymnasium environment `env_id` (`module:id` imports its module first).
 
@@ -157,9 +164,7 @@ def greedy_actions(policy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.where(random, rng.integers(policy.shape[1], size=len(policy)), policy.argmax(axis=1))
 
 
-def evaluate(
-    players, policy_of: Callable, episodes: int, seed: int, seconds: float
-) -> Iterator[list[Episode]]:
+def evaluate(players, policy_of: Callable, episodes: int, seed: int, seconds: float) -> Iterator:
     """Play exactly `episodes` episodes side by side; every one that starts counts.
 
     Yields the list of those that are done, after every step. All players step together, so that the

@@ -234,32 +234,30 @@ def tensorpack_name(name: str) -> str:
     return f"{layer}/" + ("alpha" if layer == "prelu" else "W" if kind == "weight" else "b")
 
 
-def to_tensorpack(tensor: torch.Tensor, name: str) -> np.ndarray:
-    """A parameter (or its gradient) as tensorpack lays it out: HWIO, [in, out], scalars ()."""
-    array = tensor.detach().float().cpu()
+def in_tensorpack(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """A parameter (or its gradient) as tensorpack lays it out, HWIO, [in, out], (): a view."""
     if name == "prelu/alpha":
-        array = array.reshape(())
-    elif name.endswith("/W"):
-        array = array.permute(2, 3, 1, 0) if array.dim() == 4 else array.T
-    return array.contiguous().numpy()
-
-
-def from_tensorpack(array: np.ndarray, name: str) -> torch.Tensor:
-    """The opposite of `to_tensorpack`."""
-    tensor = torch.from_numpy(np.array(array, np.float32))
-    if name == "prelu/alpha":
-        return tensor.reshape(1)
+        return tensor.reshape(())
     if name.endswith("/W"):
-        return tensor.permute(3, 2, 0, 1) if tensor.dim() == 4 else tensor.T
+        return tensor.permute(2, 3, 1, 0) if tensor.dim() == 4 else tensor.T
     return tensor
 
 
 def weights_file(network: Network) -> bytes:
     """`network` as tensorpack's .npz."""
     arrays, file = {}, io.BytesIO()
-    for name, parameter in network.named_parameters():
-        arrays[tensorpack_name(name)] = to_tensorpack(parameter, tensorpack_name(name))
+    for torch_name, parameter in network.named_parameters():
+        name = tensorpack_name(torch_name)
+        arrays[name] = in_tensorpack(parameter.detach(), name).contiguous().cpu().numpy()
     np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def checkpoint_file(learner: Learner, run: dict) -> bytes:
+    """A checkpoint: the learner, torch's random state, and what `run` says of the rest."""
+    state = {"format": CHECKPOINT_FORMAT, "learner": learner.state_dict()}
+    file = io.BytesIO()  # on a full disk torch's own writer raises no OSError
+    torch.save(state | {"rng": torch.get_rng_state()} | run, file)
     return file.getvalue()
 
 
@@ -284,11 +282,11 @@ def read_weights(archive) -> Network:
     with torch.no_grad():
         for torch_name, parameter in network.named_parameters():
             name = tensorpack_name(torch_name)
-            array, shape = read(name), to_tensorpack(parameter, name).shape
-            if array.shape != shape:
-                kind = network.kind
+            array, view = read(name), in_tensorpack(parameter, name)
+            if array.shape != view.shape:
+                kind, shape = network.kind, tuple(view.shape)
                 raise ValueError(f"{name} is {array.shape}, but {shape} in the {kind} network")
-            parameter.copy_(from_tensorpack(array, name))
+            view.copy_(torch.from_numpy(np.asarray(array, np.float32)))
     return network
 
 

@@ -8,8 +8,6 @@ replies. A state changes hands once, when it is trained on.
 import contextlib
 import copy
 import math
-import os
-import sys
 import threading
 import time
 from collections import deque
@@ -17,22 +15,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import zmq
 from tqdm import tqdm
 
-from common import UserError, evaluate
+import simulator
+from common import count_cores, evaluate
 from model import STATE_SHAPE, Batch, Learner, Network
-from simulator import (
-    REMOTE_SIMULATORS,
-    Books,
-    Experience,
-    Fleet,
-    Master,
-    Message,
-    VectorPlayers,
-    make_key,
-    undisturbed,
-)
+from simulator import Books, Experience, Fleet, Master, Message, VectorPlayers
 
 EVAL_PLAYERS = 16  # side by side in an evaluation
 LOG_SECONDS = 10  # from one line of progress to the next, where there is no terminal
@@ -152,7 +140,9 @@ class Feed:
         self.masters = list(self.fleet.masters)
         try:
             if options.listen:
-                self.masters.append(self.listen(options.listen, make_key(options.key), players))
+                key, places = simulator.make_key(options.key), simulator.REMOTE_SIMULATORS
+                remote = Master(self.fleet.context, options.listen, places, players, key)
+                self.masters.append(remote)
             for master, seed in zip(self.masters, seeds.spawn(len(self.masters)), strict=True):
                 thread = threading.Thread(target=self.serve, args=(master, seed), daemon=True)
                 thread.start()
@@ -160,13 +150,6 @@ class Feed:
         except BaseException:
             self.close()
             raise
-
-    def listen(self, address: str, key: list[bytes], players: int) -> Master:
-        """A master for simulators of other machines."""
-        try:
-            return Master(self.fleet.context, address, REMOTE_SIMULATORS, players, key)
-        except zmq.ZMQError as error:
-            raise UserError(f"cannot listen on {address}: {error}") from error
 
     def serve(self, master: Master, seed: np.random.SeedSequence) -> None:
         """A predictor thread: answer the simulators of one master until the queue is closed."""
@@ -231,7 +214,7 @@ class Feed:
         events = self.fleet.check()
         dropped = sum(master.dropped for master in self.masters)
         if dropped and not self.dropped:
-            events.append("messages that are not of its simulators are dropped")
+            events.append("messages of others, or for another number of players, are dropped")
         joined = sum(len(m.connected) for m in self.masters if m.is_open)
         if joined > self.joined:
             events.append(f"{joined - self.joined} simulators have joined")
@@ -245,7 +228,7 @@ class Feed:
 
     def close(self) -> None:
         """End threads and processes."""
-        with undisturbed():
+        with simulator.undisturbed():
             self.queue.close()
             for thread in self.threads:
                 thread.join()
@@ -255,19 +238,21 @@ class Feed:
 def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: None):
     """Evaluate a network on all cores, with progress; returns a list of common.Episode."""
     start = logged = time.monotonic()
-    cores = os.cpu_count() or 1
+    cores = count_cores()
     # With little time, few players: so that at least their episodes come to an end.
     side_by_side = int(min(episodes, EVAL_PLAYERS, max(cores, seconds / 10)))
 
     torch.set_num_threads(cores)  # of this thread; while the players wait, the cores are free
     players = VectorPlayers(env_id, side_by_side, seed, check)
-    bar = tqdm(total=episodes, desc="evaluation", disable=not sys.stderr.isatty())
+    bar = tqdm(total=episodes, desc="evaluation", disable=None)
     with contextlib.closing(players), bar:
         seconds -= time.monotonic() - start
-        for done in evaluate(players, policy_of(network), episodes, seed, seconds):
-            bar.update(len(done) - bar.n)
-            if bar.disable and time.monotonic() - logged > LOG_SECONDS:
-                logged = time.monotonic()
-                log(f"{len(done)} of {episodes} episodes")
-    torch.set_num_threads(1)
+        try:
+            for done in evaluate(players, policy_of(network), episodes, seed, seconds):
+                bar.update(len(done) - bar.n)
+                if bar.disable and time.monotonic() - logged > LOG_SECONDS:
+                    logged = time.monotonic()
+                    log(f"{len(done)} of {episodes} episodes")
+        finally:
+            torch.set_num_threads(1)
     return done

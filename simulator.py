@@ -19,14 +19,12 @@ Started by hand, on any machine, it adds players to a run that listens:
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import fcntl
 import glob
 import math
 import os
-import platform
 import resource
 import secrets
 import shutil
@@ -43,37 +41,54 @@ import msgpack
 import numpy as np
 import zmq
 
-from common import FRAME_SHAPE, STATE_SHAPE, Player, UserError, make_env, stack_frames
+from common import (
+    FRAME_SHAPE,
+    STATE_SHAPE,
+    Player,
+    UserError,
+    count_cores,
+    make_env,
+    stack_frames,
+)
 
 FRAME_BYTES = int(np.prod(FRAME_SHAPE))
 HIGH_WATER_MARK = 4  # messages per peer: a simulator has one under way at most
 END_SECONDS = 2.0  # how long simulators have to end by themselves
 HANG_SECONDS = 60.0  # a simulator that is silent for so long, though it was answered, is replaced
-ATTEMPTS, ATTEMPT_SECONDS = 3, 60.0  # so many failures of a simulator in so long end the run
+START_SECONDS = 300.0  # and one that has not said anything yet: hundreds start at once
+ATTEMPTS, ATTEMPT_SECONDS = 3, 60.0  # so many in a row that fail this early end the run
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PREFIX = "batch-a3c-"
 REMOTE_SIMULATORS = 256  # most that may join a run that listens
 REJOIN_SECONDS = 3.0
 
 
+def on_signals(handler: Callable, signals=SIGNALS) -> None:
+    """Let signals call `handler`, but for SIGHUP where it is ignored: under nohup."""
+    for signum in signals:
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Let Ctrl-C and its like wait for the end of a clean-up (in the main thread)."""
-    signals, caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), []
-    handlers = [signal.signal(s, lambda signum, frame: caught.append(signum)) for s in signals]
+    caught: list[int] = []
+    handlers = [signal.signal(s, lambda signum, frame: caught.append(signum)) for s in SIGNALS]
     try:
         yield
     finally:
-        for signum, handler in zip(signals, handlers, strict=True):
+        for signum, handler in zip(SIGNALS, handlers, strict=True):
             signal.signal(signum, handler)
         for signum in caught[:1]:
             signal.raise_signal(signum)
 
 
-def end_with_parent() -> None:
-    """Wait until standard input is closed, and end this process, whatever it is doing."""
+def end_with_parent(way: Callable, *args) -> None:
+    """Wait until standard input is closed, and end this process by `way(*args)`."""
     while os.read(0, 1024):
         pass
-    os._exit(0)
+    way(*args)
 
 
 def end(processes: list[subprocess.Popen], seconds: float) -> None:
@@ -125,7 +140,7 @@ def join(socket: zmq.Socket, key: list[bytes]) -> zmq.Socket:
 
 def simulate(a: argparse.Namespace) -> None:
     """Play until standard input is closed, or until a run on another machine is lost."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(os._exit, 0), daemon=True).start()
     num_players, monitor = a.players, None
     players = [Player(make_env(a.env, a.window)) for _ in range(num_players)]
     seeds = np.random.SeedSequence((a.seed, *a.identity.encode())).generate_state(num_players)
@@ -189,7 +204,10 @@ class Master:
             self.socket.curve_server = True
             self.socket.curve_publickey, self.socket.curve_secretkey = key
             self.socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-        self.socket.bind(address)
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError as error:  # of a long TMPDIR, for example
+            raise UserError(f"cannot listen on {address}: {error}") from error
 
     def admit(self, identity: bytes, place: int) -> None:
         """From now on `identity` has this place, and nobody else."""
@@ -368,32 +386,28 @@ class Fleet:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         need = 4 * simulators + 200  # a pipe and a socket for each, and some to spare
         if hard != resource.RLIM_INFINITY and need > hard:
-            raise UserError(
-                f"{simulators} simulators need {need} open files; ulimit -Hn is {hard}", 2
-            )
+            limit = f"ulimit -Hn is {hard}"
+            raise UserError(f"{simulators} simulators need {need} open files; {limit}", 2)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, need), hard))
         self.directory = tempfile.mkdtemp(prefix=PREFIX)  # mode 0700: nobody else connects
         self.lock = os.open(self.directory, os.O_RDONLY)
         self.processes: list[subprocess.Popen] = []
         self.masters: list[Master] = []
-        self.births: collections.Counter = collections.Counter()  # by index
-        self.failures: list[list[float]] = [[] for _ in range(simulators)]  # when they happened
+        self.births = [0] * simulators
+        self.born = [0.0] * simulators  # when the present ones were started
+        self.failures = [0] * simulators  # in a row
         self.context = zmq.Context()
         self.options = ["--env", env_id, "--players", str(players), "--seed", str(seed), *options]
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX)
             for group in range(groups):
-                address, size = (
-                    f"ipc://{self.directory}/{group}",
-                    len(range(group, simulators, groups)),
-                )
+                address = f"ipc://{self.directory}/{group}"
+                size = len(range(group, simulators, groups))
                 self.masters.append(Master(self.context, address, size, players))
             for index in range(simulators):
                 self.processes.append(self.start(index))
-        except BaseException as error:
+        except BaseException:
             self.close()
-            if isinstance(error, zmq.ZMQError):  # a long TMPDIR, for example
-                raise UserError(f"no sockets in {self.directory}: {error}") from error
             raise
 
     def seat(self, index: int) -> tuple[Master, int]:
@@ -408,6 +422,7 @@ class Fleet:
         """Start a simulator; its output goes to a file, its life hangs on a pipe."""
         master, place = self.seat(index)
         self.births[index] += 1
+        self.born[index] = time.monotonic()
         identity = self.identity(index)
         master.admit(identity.encode(), place)
         command = [sys.executable, os.path.abspath(__file__), "--connect", master.address]
@@ -436,29 +451,28 @@ class Fleet:
         events = []
         for index, process in enumerate(self.processes):
             master, place = self.seat(index)
-            silent = master.drained - master.answered[place] > HANG_SECONDS
-            if process.poll() is None and not silent:
+            patience = HANG_SECONDS if self.is_connected(index) else START_SECONDS
+            silence = master.drained - master.answered[place]
+            if process.poll() is None and silence <= patience:
                 continue
-            how = f"simulator {index} " + self.bury(index, process)
+            how = f"simulator {index} " + self.bury(index, process, silence)
             killed = process.returncode in (-signal.SIGKILL, -signal.SIGTERM)
             if not killed or not self.is_connected(index):
-                now = time.monotonic()
-                recent = [t for t in self.failures[index] if now - t < ATTEMPT_SECONDS]
-                self.failures[index] = [*recent, now]
-                if len(self.failures[index]) >= self.attempts:
+                lived = time.monotonic() - self.born[index]
+                early = lived < ATTEMPT_SECONDS or not self.is_connected(index)
+                self.failures[index] = self.failures[index] + 1 if early else 1
+                if self.failures[index] >= self.attempts:
                     raise UserError(how)
             self.processes[index] = self.start(index)
             events.append(how)
         return events
 
-    def bury(self, index: int, process: subprocess.Popen) -> str:
+    def bury(self, index: int, process: subprocess.Popen, silence: float) -> str:
         """End a simulator that hangs, if it has not ended yet; returns how it ended."""
-        process.stdin.close()
         code = process.poll()
+        end([process], 0.0)
         if code is None:
-            process.kill()
-            process.wait()
-            return f"was silent for {HANG_SECONDS:.0f} seconds"
+            return f"was silent for {silence:.0f} seconds"
         with open(f"{self.directory}/{index}.log", errors="replace") as file:
             words = [line.strip() for line in file if line.strip()]
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
@@ -482,7 +496,7 @@ class VectorPlayers(Fleet):
     attempts = 1
 
     def __init__(self, env_id: str, num_players: int, seed: int, check: Callable, *options):
-        processes = min(num_players, os.cpu_count() or 1)
+        processes = min(num_players, count_cores())
         super().__init__(env_id, processes, -(-num_players // processes), 1, seed, *options)
         self.num_players, self.check_run = self.masters[0].num_players, check
         self.waiting: list[Message] = []
@@ -506,22 +520,22 @@ class VectorPlayers(Fleet):
 
 def add_players(a: argparse.Namespace) -> None:
     """Keep `simulator_proc` simulators in a run elsewhere, and start those anew that lost it."""
+    on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
     if a.key is None:
         raise UserError("--key FILE is needed to join a run", 2)
     read_key(a.key)
     make_env(a.env).close()
-    processes: list[subprocess.Popen | None] = [None] * a.simulator_proc
+    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--identity"]
+    processes: list[subprocess.Popen] = []
     try:
         while True:
-            for i, process in enumerate(processes):
-                if process is None or process.poll() is not None:
-                    identity = f"{platform.node()}-{i}-{secrets.token_hex(8)}"
-                    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]
-                    command += ["--identity", identity]
-                    processes[i] = subprocess.Popen(command, stdin=subprocess.PIPE)
+            processes = [process for process in processes if process.poll() is None]
+            while len(processes) < a.simulator_proc:
+                name = secrets.token_hex(16)  # which no other simulator of the run has
+                processes.append(subprocess.Popen([*command, name], stdin=subprocess.PIPE))
             time.sleep(REJOIN_SECONDS)
     finally:
-        end(list(filter(None, processes)), END_SECONDS)
+        end(processes, END_SECONDS)
 
 
 def main() -> int:
@@ -536,8 +550,6 @@ def main() -> int:
     parser.add_argument("--window", action="store_true", help="show the game, at its speed")
     parser.add_argument("--identity", help="what the master knows it by; for one that a run starts")
     a = parser.parse_args()
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     try:
         simulate(a) if a.identity else add_players(a)
     except UserError as error:

@@ -21,10 +21,7 @@ depends on the load of the machine.
 import argparse
 import contextlib
 import datetime
-import errno
 import fcntl
-import functools
-import io
 import json
 import math
 import os
@@ -39,22 +36,14 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 
+import cv2
 import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
-from common import (
-    RANDOM_ACTIONS,
-    STATE_SHAPE,
-    Recorder,
-    UserError,
-    evaluate,
-    make_env,
-    results,
-    summary,
-    write_file,
-    write_submission,
-)
+import common
+from common import STATE_SHAPE, Recorder, UserError, count_cores, summary, write_file
+from simulator import SIGNALS, VectorPlayers, end, end_with_parent, on_signals, undisturbed
 
 # torch and the rooms that need it are imported where they are used: --help does not wait for them.
 
@@ -65,14 +54,13 @@ EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 CHECKPOINT_SECONDS = 300
 LOG_SECONDS = 10
 CHECK_STEPS = 500  # iterations after which several ranks compare their weights
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
 # Measured on both cores of a two-core server: states/s per core, everything together.
 STATES_PER_CORE = {"ba3c": 52, "a3c": 460}
 SIMULATOR_BYTES = 50e6
 
 RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz")
-PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "opencv-python-headless", "pyzmq", "msgpack")
+PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "pyzmq", "msgpack")
 
 
 def whole(text: str) -> int:
@@ -150,12 +138,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--gpu", help="GPUs, as 0,1,2; default: all, or the CPU where there is none")
     add("--ranks", type=count, metavar="N", help="so many processes that train as one, on a CPU")
     add("--load", metavar="FILE", help="weights.npz to start from, or checkpoint.pt to go on with")
-    add(
-        "--output",
-        metavar="DIR",
-        help="of the run, default train_log/train-atari-ENV; of a "
-        "submission, default output_dir; of the videos of play; of the results.json of eval",
-    )
+    of_run = "of the run, default train_log/train-atari-ENV; of a submission, default output_dir"
+    add("--output", metavar="DIR", help=of_run + "; of the videos of play; of eval's results.json")
     add("--episode", type=count, metavar="N", help="episodes to play (default 100)")
     add("--network", choices=("ba3c", "a3c"), help="default: ba3c; a3c is small, for a CPU")
     add("--listen", metavar="ADDRESS", help="tcp://0.0.0.0:PORT, where simulators may join")
@@ -186,8 +170,8 @@ def find_devices(gpus: str | None, ranks: int | None) -> list:
     return [torch.device("cuda", number) for number in numbers]
 
 
-def join_ranks(devices: list) -> tuple:
-    """Device and number of this rank; where there are several, they are connected now."""
+def join_ranks(devices: list):
+    """The device of this rank; where there are several, they are connected now."""
     import torch
 
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -196,7 +180,8 @@ def join_ranks(devices: list) -> tuple:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         if os.environ.get("BATCH_A3C_LAUNCHER"):
-            threading.Thread(target=end_with_launcher, daemon=True).start()
+            end_this = (os.kill, os.getpid(), signal.SIGTERM)
+            threading.Thread(target=end_with_parent, args=end_this, daemon=True).start()
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Nothing lets go of a rank that waits for the others here; it has nothing to clean up yet.
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -208,14 +193,7 @@ def join_ranks(devices: list) -> tuple:
             reason = str(error).partition("\n")[0]
             raise UserError(f"rank {rank} cannot join the others: {reason}") from error
         signal.signal(signal.SIGTERM, handler)
-    return device, rank
-
-
-def end_with_launcher() -> None:
-    """Wait until standard input is closed, then end this rank as SIGTERM would."""
-    while os.read(0, 1024):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    return device
 
 
 def launch(ranks: int) -> None:
@@ -223,17 +201,14 @@ def launch(ranks: int) -> None:
 
     Signals go to rank 0, which saves.
     """
-    from simulator import end
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     world |= {"LOCAL_WORLD_SIZE": str(ranks), "BATCH_A3C_LAUNCHER": "1"}
     world["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # when one ends, the others say so in one sentence
     processes: list[subprocess.Popen] = []
-    for signum in SIGNALS:
-        signal.signal(signum, lambda signum, frame: processes[0].send_signal(signum))
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a rank can end in good order
+    on_signals(lambda signum, frame: processes[0].send_signal(signum))
     try:
         for rank in range(ranks):
             environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -242,36 +217,33 @@ def launch(ranks: int) -> None:
             process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
             processes.append(process)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        failed: list[int] = []
+        failed = 0
         while processes[0].poll() is None and not failed:
             time.sleep(0.1)
-            failed = [rank for rank, process in enumerate(processes) if process.poll()]
+            failed = next((r for r, process in enumerate(processes) if process.poll()), 0)
     finally:
         end(processes, LAUNCH_END_SECONDS)
-    for rank in failed[:1]:
-        if rank:
-            raise UserError(f"rank {rank} ended with code {processes[rank].returncode}")
+    if failed:
+        raise UserError(f"rank {failed} ended with code {processes[failed].returncode}")
     code = processes[0].returncode
     sys.exit(code if code >= 0 else 128 - code)
 
 
 def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
     """All options of a rank: the chosen ones, and what fits them and its share of this machine."""
-    cores = max(1, (os.cpu_count() or 1) // ranks)
+    cores = max(1, count_cores() // ranks)
     table = {name.lower(): default for name, _, default, _ in LEARNING + SPEED}
     if chosen.get("network") == "a3c":
         table |= LEARNING_OF_A3C
-    o = argparse.Namespace(**table, listen=None, key=None)
+    default = ranks * min(cores, CPU_PLAYERS) if on_cpu else table["simulator_proc"]
+    simulators = max(1, chosen.get("simulator_proc", default) // ranks)
+    chosen = chosen | {"simulator_proc": simulators}
     if on_cpu:
-        o.simulator_proc = ranks * min(cores, CPU_PLAYERS)
-        o.predictor_thread_per_gpu = min(-(-cores // 2), CPU_PREDICTORS)
-    o.simulator_proc = max(1, chosen.get("simulator_proc", o.simulator_proc) // ranks)
-    chosen = chosen | {"simulator_proc": o.simulator_proc}
-    if on_cpu:
-        o.players_per_simulator = max(1, CPU_PLAYERS // o.simulator_proc)
-    vars(o).update(chosen)
-    players = o.simulator_proc * o.players_per_simulator
-    o.predictor_thread_per_gpu = min(o.predictor_thread_per_gpu, o.simulator_proc)
+        table["players_per_simulator"] = max(1, CPU_PLAYERS // simulators)
+        table["predictor_thread_per_gpu"] = min(-(-cores // 2), CPU_PREDICTORS)
+    o = argparse.Namespace(**({"listen": None, "key": None} | table | chosen))
+    players = simulators * o.players_per_simulator
+    o.predictor_thread_per_gpu = min(o.predictor_thread_per_gpu, simulators)
     o.predict_batch_size, o.queue_size = min(o.predict_batch_size, players), o.batch_size
     vars(o).update(chosen)  # what was asked for is refused below, not mended
     size, threads = o.predict_batch_size, o.predictor_thread_per_gpu
@@ -294,7 +266,7 @@ def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
 
 def count_actions(env_id: str) -> int:
     """The number of actions of a game; UserError if there is no such game."""
-    with contextlib.closing(make_env(env_id)) as env:
+    with contextlib.closing(common.make_env(env_id)) as env:
         return int(env.action_space.n)
 
 
@@ -319,21 +291,22 @@ def open_run(path: str, goes_on: bool):
 class Training:
     """A run: the learner, what feeds it, and what it leaves in its directory.
 
-    chosen: the options the user gave, now or before; saved: its checkpoint, if it goes on.
+    chosen: the options the user gave, now or before; saved: its checkpoint, if it goes on;
+    log_file: of rank 0, what open_run made of `path`.
     """
 
-    def __init__(self, env_id, chosen, network, device, path, saved, rank):
+    def __init__(self, env_id, chosen, network, device, path, saved, log_file):
         import torch
 
         import model
 
         self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, path
-        self.rank, local = rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.log_file = log_file
+        self.rank = int(os.environ.get("RANK", 0))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.options = complete(chosen, device.type == "cpu", local)
-        if rank:
+        if self.rank:
             self.options.listen = None
-        goes_on = bool(saved) and saved["file"] == os.path.join(path, "checkpoint.pt")
-        self.log_file = None if rank else open_run(path, goes_on)
         self.columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
         # Epochs and iterations done, iterations of this epoch done, starts of this program.
         self.at = {"epoch": 0, "global_step": 0, "epoch_step": 0, "starts": 0, "best_score": None}
@@ -344,7 +317,7 @@ class Training:
         self.unread: list = []  # iterations whose metrics are still on the device
         self.began = self.logged = self.saved = time.monotonic()
         self.shown, self.signal = 0, None
-        threads = max(1, (os.cpu_count() or 1) // local)
+        threads = max(1, count_cores() // local)
         self.learner = model.Learner(network, device, self.options.adam_epsilon, threads)
         if saved:
             self.learner.load_state_dict(saved["learner"])
@@ -356,7 +329,8 @@ class Training:
             self.log(f"restored {saved['file']}: weights, optimizer, {done.format(**self.at)}")
             self.began -= self.at["elapsed_s"]
         self.at["starts"] += 1
-        packages = {name: version(name) for name in PACKAGES} | {"python": sys.version}
+        packages = {name: version(name) for name in PACKAGES}
+        packages |= {"opencv": cv2.__version__, "python": sys.version}
         config = {"env": env_id} | vars(self.options) | {"versions": packages}
         self.write_json("config.json", config)
         self.announce()
@@ -369,7 +343,7 @@ class Training:
         # A state waits until its segment is done, then in the queue, while others are trained on.
         lag = (players * (o.local_time_max + 3) / 2 + o.queue_size) / o.batch_size
         parameters = sum(p.numel() for p in network.parameters())
-        cores, ranks = os.cpu_count() or 1, self.learner.ranks
+        cores, ranks = count_cores(), self.learner.ranks
         facts = {
             "run": f"{self.env_id} ({network.num_actions} actions) in {self.path}, seed {o.seed}",
             "network": f"{network.kind}, {parameters:,} parameters",
@@ -415,20 +389,13 @@ class Training:
 
     def save(self) -> None:
         """Write the checkpoint, the latest weights, and the epochs done."""
-        import torch
-
         import model
 
         self.collect()
-        network = self.learner.network
         self.at["elapsed_s"] = time.monotonic() - self.began
-        checkpoint = {"format": model.CHECKPOINT_FORMAT, "env": self.env_id, "options": self.chosen}
-        checkpoint |= {"learner": self.learner.state_dict(), "rng": torch.get_rng_state()}
-        checkpoint |= {"at": self.at, "stats": self.stats}
-        file = io.BytesIO()  # torch's writer makes another error of a full disk
-        torch.save(checkpoint, file)
-        self.write("checkpoint.pt", file.getvalue())
-        self.write("model-latest.npz", model.weights_file(network))
+        run = {"env": self.env_id, "options": self.chosen, "at": self.at, "stats": self.stats}
+        self.write("checkpoint.pt", model.checkpoint_file(self.learner, run))
+        self.write("model-latest.npz", model.weights_file(self.learner.network))
         self.write_json("stats.json", self.stats)
         self.saved = time.monotonic()
 
@@ -457,8 +424,7 @@ class Training:
             raise UserError(f"the run is done: {self.at['epoch']} epochs (--max-epoch)", 0)
         seeds = np.random.SeedSequence((self.options.seed, self.at["starts"], self.rank))
         if self.rank == 0:  # the others end with it
-            for signum in SIGNALS:
-                signal.signal(signum, self.on_signal)
+            on_signals(self.on_signal)
             # TensorBoard's thread, on a full disk; all others report by themselves.
             threading.excepthook = lambda args: self.log(f"warning: {args.exc_value}")
             self.writer = SummaryWriter(self.path, purge_step=self.at["global_step"] + 1)
@@ -473,6 +439,10 @@ class Training:
                 self.log(f"the run ends: {error}")
                 if not isinstance(error, FloatingPointError) and (self.rows or self.unread):
                     self.save()
+                if self.unwritten:
+                    lost = ", ".join(self.unwritten)
+                    code = getattr(error, "code", 1)
+                    raise UserError(f"{error}; not written: {lost}", code) from error
                 if isinstance(error, RuntimeError) and self.learner.ranks > 1:
                     self.check()  # a signal ended the others
                     reason = str(error).partition("\n")[0]
@@ -492,10 +462,8 @@ class Training:
         self.rates = {name: scheduled(getattr(self.options, name), epoch) for name in names}
         learning_rate, warm_up = self.rates["learning_rate"], max(1, self.options.warm_up)
         self.rows, self.shown, self.epoch_began = [], 0, time.monotonic()
-        self.bar = tqdm(
-            total=steps, initial=at["epoch_step"], disable=self.rank > 0 or not sys.stderr.isatty()
-        )
-        self.bar.set_description(f"epoch {epoch}")
+        hide = self.rank > 0 or None  # None: where there is no terminal
+        self.bar = tqdm(desc=f"epoch {epoch}", total=steps, initial=at["epoch_step"], disable=hide)
         with self.bar:
             while at["epoch_step"] < steps:
                 batch, versions = self.next_batch()
@@ -605,7 +573,7 @@ class Training:
 
         start = time.monotonic()
         seconds = EVAL_SHARE * (start - self.began) - self.at["evaluated_s"]
-        seconds /= 1 - EVAL_SHARE  # evaluation is part of the time of the run
+        seconds = max(0.0, seconds / (1 - EVAL_SHARE))  # it is part of the time of the run
         episodes, seed = self.options.eval_episode, self.options.seed + self.at["epoch"]
         network, log = self.learner.network, lambda text: self.log(f"evaluation: {text}")
         log(f"{episodes} episodes in {seconds:.0f} s at most")
@@ -658,24 +626,30 @@ def task_train(given: dict) -> None:
         if kind not in (None, network.kind):
             raise UserError(f"{load} holds the network {network.kind}, not {kind}")
     actions = count_actions(env_id)
+    chosen = {"seed": secrets.randbits(32)} | saved.get("options", {}) | given
+    chosen["network"] = (kind or "ba3c") if load is None else network.kind
+    path = os.path.join("train_log", "train-atari-" + file_name(env_id))
+    if saved:
+        saved["file"], path = os.path.abspath(load), os.path.dirname(load)
+    path = os.path.abspath(output or path)
+    goes_on = bool(saved) and saved["file"] == os.path.join(path, "checkpoint.pt")
     import torch
 
     import model
 
     devices = find_devices(gpus, ranks)
+    # What is wrong is said here, before ranks wait for each other.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", len(devices)))
+    complete(chosen, devices[0].type == "cpu", local)
+    log_file = None if int(os.environ.get("RANK", 0)) else open_run(path, goes_on)
     if len(devices) > 1 and "RANK" not in os.environ:
+        log_file.close()  # rank 0 opens it again
         return launch(len(devices))
-    device, rank = join_ranks(devices)
-    chosen = {"seed": secrets.randbits(32)} | saved.get("options", {}) | given
+    device = join_ranks(devices)
     torch.manual_seed(chosen["seed"])
     if load is None:
-        network = model.Network(kind or "ba3c", actions)
-    chosen["network"] = network.kind
-    path = os.path.join("train_log", "train-atari-" + file_name(env_id))
-    if saved:
-        saved["file"], path = os.path.abspath(load), os.path.dirname(load)
-    path = os.path.abspath(output or path)
-    Training(env_id, chosen, network, device, path, saved, rank).run()
+        network = model.Network(chosen["network"], actions)
+    Training(env_id, chosen, network, device, path, saved, log_file).run()
 
 
 def load_agent(given: dict, output: str | None) -> tuple:
@@ -693,16 +667,11 @@ def load_agent(given: dict, output: str | None) -> tuple:
             if os.listdir(output):
                 raise UserError(f"{output} is not empty: name another --output", 2)
             if not os.access(output, os.W_OK):
-                raise PermissionError(errno.EACCES, "it is read-only")
+                raise UserError(f"cannot write to {output}: it is read-only", 2)
         except OSError as error:
             raise UserError(f"cannot write to {output}: {error.strerror}", 2) from error
-    return (
-        env_id,
-        network,
-        given.get("episode", 100),
-        given.get("seed", secrets.randbits(32)),
-        output,
-    )
+    episodes, seed = given.get("episode", 100), given.get("seed", secrets.randbits(32))
+    return env_id, network, episodes, seed, output
 
 
 def task_eval(given: dict) -> None:
@@ -715,19 +684,18 @@ def task_eval(given: dict) -> None:
     table = summary(episodes) | {"seconds": round(time.monotonic() - start, 1)}
     print(tabulate(table.items()))
     if output is not None:
-        result = json.dumps(results(env_id, episodes), indent=1)
+        result = json.dumps(common.results(env_id, episodes), indent=1)
         write_file(f"{output}/results.json", result.encode())
 
 
 def watch(players, network, count: int, seed: int, each: Callable) -> None:
     """Play `count` episodes, one after the other; calls `each` with those so far after each."""
     from predictor import policy_of
-    from simulator import undisturbed
 
     episodes: list = []
     with contextlib.closing(players):
         try:
-            for done in evaluate(players, policy_of(network), count, seed, math.inf):
+            for done in common.evaluate(players, policy_of(network), count, seed, math.inf):
                 if len(done) > len(episodes):
                     with undisturbed():
                         episodes = list(done)
@@ -741,8 +709,6 @@ def watch(players, network, count: int, seed: int, each: Callable) -> None:
 def task_play(given: dict) -> None:
     """--task play."""
     env_id, network, count, seed, output = load_agent(given, None)
-    from simulator import VectorPlayers
-
     if output is not None:
         players = Recorder(env_id, seed, lambda episode: f"{output}/episode{episode:06}.mp4")
         return watch(players, network, count, seed, lambda episodes: None)
@@ -770,11 +736,12 @@ def task_gen_submit(given: dict) -> None:
 
     recorder, model = Recorder(env_id, seed, path_of), file_name(env_id) + ".npz"
     config = {"env_id": env_id, "network": network.kind, "num_actions": network.num_actions}
-    config |= {"seed": seed, "state_shape": STATE_SHAPE, "random_actions": RANDOM_ACTIONS}
+    config |= {"seed": seed, "state_shape": STATE_SHAPE, "random_actions": common.RANDOM_ACTIONS}
     write_file(os.path.join(output, model), weights_file(network))
-    submit = functools.partial(
-        write_submission, output, env_id, recorder, model=model, config=config
-    )
+
+    def submit(episodes: list) -> None:
+        common.write_submission(output, env_id, recorder, episodes, model, config)
+
     watch(recorder, network, count, seed, submit)
 
 
@@ -789,8 +756,7 @@ def main() -> int:
         parser.error("--env is required")
     # Threads that wait should sleep: there are more of them here than cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
+    on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of a rank: its launcher blocked them
         TASKS[given["task"]](given)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from tabulate import tabulate  # noqa: E402
 
+from common import count_cores  # noqa: E402
 from train_atari import complete, count_actions, make_parser  # noqa: E402
 
 PLAYER = """
@@ -47,7 +48,7 @@ while time.perf_counter() < end:
 print(steps, time.process_time())
 """
 RECORDED = "tests.games:Recorded-v0"
-CORES = os.cpu_count() or 1
+CORES = count_cores()
 
 
 def cpu_seconds(pid: int) -> float:

@@ -83,7 +83,10 @@ def tensorpack_arrays(network, values=None):
     pairs = network.named_parameters()
     names = [(model.tensorpack_name(name), parameter) for name, parameter in pairs]
     values = [parameter for _, parameter in names] if values is None else values
-    return {name: model.to_tensorpack(v, name) for (name, _), v in zip(names, values, strict=True)}
+    return {
+        name: model.in_tensorpack(v, name).detach().numpy()
+        for (name, _), v in zip(names, values, strict=True)
+    }
 
 
 def sample(array):

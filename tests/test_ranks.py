@@ -82,6 +82,20 @@ def test_ranks_train_resume_and_change_their_number(tmp_path):
     assert load(str(path / "checkpoint.pt"))[1]["learner"]["updates"] == 30
 
 
+def test_bad_input_gets_one_sentence_of_all_ranks(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stats.json").write_text("[]")
+    for args, text in (
+        (("--output", tmp_path / "run"), "holds a run (stats.json)"),
+        (("--output", tmp_path / "new", "--queue-size", 10), "can never fill a batch"),
+    ):
+        done = run(*CATCH, "--ranks", 2, *args)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert text in line
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("engine", ["script", "torchrun"])
 @pytest.mark.parametrize("victim", ["rank 1", "interrupt", "launcher"])
 def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
