@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import gymnasium
 import numpy as np
@@ -59,6 +60,14 @@ class NoStart(Catch):
     def __init__(self):
         if sys.argv[0].endswith("simulator.py"):
             raise RuntimeError("no ROM")
+
+
+class Stuck(Catch):
+    """Does not get through its own start."""
+
+    def __init__(self):
+        if sys.argv[0].endswith("simulator.py"):
+            time.sleep(3600)
 
 
 class Windowed(Catch):
@@ -126,5 +135,5 @@ class Recorded(gymnasium.Env):
         return self.frames[self.steps % 16], 1.0, self.steps == 1000, False, {}
 
 
-for game in (Catch, Crash, NoStart, Windowed, Recorded, Count):
+for game in (Catch, Crash, NoStart, Stuck, Windowed, Recorded, Count):
     gymnasium.register(f"{game.__name__}-v0", game)

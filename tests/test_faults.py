@@ -184,6 +184,21 @@ def test_a_simulator_that_hangs_is_replaced(monkeypatch, groups):
         feed.close()
 
 
+def test_a_simulator_that_always_hangs_at_its_start_ends_the_run(monkeypatch):
+    monkeypatch.setattr(simulator, "HANG_SECONDS", 0.1)  # this is not for its start
+    monkeypatch.setattr(simulator, "START_SECONDS", 1.0)
+    begin, events = time.monotonic(), []
+    feed = make_feed(worth_a_quarter(), "tests.games:Stuck-v0")
+    try:
+        with pytest.raises(simulator.UserError, match="simulator 0 was silent for 1 seconds"):
+            while time.monotonic() < begin + 30:
+                events += feed.check()
+                time.sleep(0.05)
+    finally:
+        feed.close()
+    assert len(events) >= 2 and time.monotonic() > begin + 3
+
+
 def test_churn():
     """A random simulator is killed every second for a minute; every transition stays whole."""
     torch.manual_seed(0)

@@ -106,10 +106,10 @@ def options(**changes):
     return SimpleNamespace(**(values | changes))
 
 
-def make_feed(network, **changes):
+def make_feed(network, env_id="tests.games:Count-v0", **changes):
     learner = Learner(network, torch.device("cpu"), adam_epsilon=1e-3, threads=1)
     seeds = np.random.SeedSequence(1)
-    return Feed("tests.games:Count-v0", options(**changes), learner, seeds)
+    return Feed(env_id, options(**changes), learner, seeds)
 
 
 def watch(feed):
