@@ -56,7 +56,7 @@ HIGH_WATER_MARK = 4  # messages per peer: a simulator has one under way at most
 END_SECONDS = 2.0  # how long simulators have to end by themselves
 HANG_SECONDS = 60.0  # a simulator that is silent for so long, though it was answered, is replaced
 START_SECONDS = 300.0  # and one that has not said anything yet: hundreds start at once
-ATTEMPTS, ATTEMPT_SECONDS = 3, 60.0  # so many in a row that fail this early end the run
+ATTEMPTS, ATTEMPT_SECONDS = 3, 60.0  # so many failures end the run if none has lived so long
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PREFIX = "batch-a3c-"
 REMOTE_SIMULATORS = 256  # most that may join a run that listens
@@ -73,12 +73,12 @@ def on_signals(handler: Callable, signals=SIGNALS) -> None:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Let Ctrl-C and its like wait for the end of a clean-up (in the main thread)."""
-    caught: list[int] = []
-    handlers = [signal.signal(s, lambda signum, frame: caught.append(signum)) for s in SIGNALS]
+    signals, caught = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN], []
+    handlers = [signal.signal(s, lambda signum, frame: caught.append(signum)) for s in signals]
     try:
         yield
     finally:
-        for signum, handler in zip(SIGNALS, handlers, strict=True):
+        for signum, handler in zip(signals, handlers, strict=True):
             signal.signal(signum, handler)
         for signum in caught[:1]:
             signal.raise_signal(signum)
@@ -395,7 +395,7 @@ class Fleet:
         self.masters: list[Master] = []
         self.births = [0] * simulators
         self.born = [0.0] * simulators  # when the present ones were started
-        self.failures = [0] * simulators  # in a row
+        self.failures = [0] * simulators  # since one has lived long
         self.context = zmq.Context()
         self.options = ["--env", env_id, "--players", str(players), "--seed", str(seed), *options]
         try:
@@ -457,10 +457,11 @@ class Fleet:
                 continue
             how = f"simulator {index} " + self.bury(index, process, silence)
             killed = process.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+            lived = time.monotonic() - self.born[index]
+            if self.is_connected(index) and lived >= ATTEMPT_SECONDS:
+                self.failures[index] = 0
             if not killed or not self.is_connected(index):
-                lived = time.monotonic() - self.born[index]
-                early = lived < ATTEMPT_SECONDS or not self.is_connected(index)
-                self.failures[index] = self.failures[index] + 1 if early else 1
+                self.failures[index] += 1
                 if self.failures[index] >= self.attempts:
                     raise UserError(how)
             self.processes[index] = self.start(index)

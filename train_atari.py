@@ -439,14 +439,13 @@ class Training:
                 self.log(f"the run ends: {error}")
                 if not isinstance(error, FloatingPointError) and (self.rows or self.unread):
                     self.save()
-                if self.unwritten:
-                    lost = ", ".join(self.unwritten)
-                    code = getattr(error, "code", 1)
-                    raise UserError(f"{error}; not written: {lost}", code) from error
                 if isinstance(error, RuntimeError) and self.learner.ranks > 1:
                     self.check()  # a signal ended the others
                     reason = str(error).partition("\n")[0]
                     raise UserError(f"rank {self.rank} lost the others: {reason}") from error
+                if isinstance(error, UserError) and self.unwritten:
+                    files = ", ".join(self.unwritten)
+                    raise UserError(f"{error}; not written: {files}", error.code) from error
                 raise
             finally:
                 if self.rank == 0:
