@@ -120,9 +120,7 @@ SPEED = (
     ("QUEUE_SIZE", count, 128, "states that may wait for the trainer; default: a batch"),
 )
 # With the small network, whose gradients are far below the original's epsilon: see the README.
-# Adam's first steps then change every weight by the whole learning rate, until its estimates are
-# good: Ma & Yarats 2019 (arXiv 1910.04209) let it rise for 2 / (1 - beta2) iterations.
-LEARNING_OF_A3C = {"adam_epsilon": 1e-5, "learning_rate": "7e-4", "warm_up": 2000}
+LEARNING_OF_A3C = {"adam_epsilon": 1e-5, "learning_rate": "7e-4"}
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -113,7 +113,7 @@ def test_a_run_is_never_overwritten(trained):
 
 def test_resume(tmp_path):
     path = tmp_path / "run"
-    first = run(*CATCH, *TINY, "--max-epoch", 2, "--output", path)
+    first = run(*CATCH, *TINY, "--max-epoch", 2, "--warm-up", 2000, "--output", path)
     assert first.returncode == 0, first.stderr
     saved = load(str(path / "checkpoint.pt"))[1]
     assert saved["at"]["global_step"] == saved["learner"]["updates"] == 20
@@ -123,7 +123,7 @@ def test_resume(tmp_path):
     stats = json.loads((path / "stats.json").read_text())
     assert [epoch["epoch_num"] for epoch in stats] == [1, 2, 3]
     assert [epoch["global_step"] for epoch in stats] == [10, 20, 30]
-    rates = [epoch["learning_rate"] for epoch in stats]  # it rises for 2,000 iterations
+    rates = [epoch["learning_rate"] for epoch in stats]  # it goes on to rise
     np.testing.assert_allclose(rates, [7e-4 * step / 2000 for step in (10, 20, 30)])
     assert stats[:2] == saved["stats"]
     again = load(str(path / "checkpoint.pt"))[1]
@@ -309,6 +309,6 @@ def test_defaults_on_a_gpu_are_the_originals():
     assert (o.learning_rate, o.warm_up) == ("1e-3,20:3e-4,120:1e-4", 0)
     assert (o.steps_per_epoch, o.max_epoch, o.eval_episode) == (6000, 1000, 50)
     small = complete({"network": "a3c", "learning_rate": "1e-3"}, on_cpu=False)
-    assert (small.adam_epsilon, small.learning_rate, small.warm_up) == (1e-5, "1e-3", 2000)
+    assert (small.adam_epsilon, small.learning_rate, small.warm_up) == (1e-5, "1e-3", 0)
     fast = {"simulator_proc": 240, "predict_batch_size": 30, "predictor_thread_per_gpu": 6}
     assert vars(complete(fast, on_cpu=False)).items() >= fast.items()
