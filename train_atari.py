@@ -289,20 +289,19 @@ def open_run(path: str, goes_on: bool):
 class Training:
     """A run: the learner, what feeds it, and what it leaves in its directory.
 
-    chosen: the options the user gave, now or before; saved: its checkpoint, if it goes on;
-    log_file: of rank 0, what open_run made of `path`.
+    chosen: the options the user gave, now or before; options: all of them; saved: its checkpoint,
+    if it goes on; log_file: of rank 0, what open_run made of `path`.
     """
 
-    def __init__(self, env_id, chosen, network, device, path, saved, log_file):
+    def __init__(self, env_id, chosen, options, network, device, path, saved, log_file):
         import torch
 
         import model
 
         self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, path
-        self.log_file = log_file
+        self.options, self.log_file = options, log_file
         self.rank = int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.options = complete(chosen, device.type == "cpu", local)
         if self.rank:
             self.options.listen = None
         self.columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
@@ -637,7 +636,7 @@ def task_train(given: dict) -> None:
     devices = find_devices(gpus, ranks)
     # What is wrong is said here, before ranks wait for each other.
     local = int(os.environ.get("LOCAL_WORLD_SIZE", len(devices)))
-    complete(chosen, devices[0].type == "cpu", local)
+    options = complete(chosen, devices[0].type == "cpu", local)
     log_file = None if int(os.environ.get("RANK", 0)) else open_run(path, goes_on)
     if len(devices) > 1 and "RANK" not in os.environ:
         log_file.close()  # rank 0 opens it again
@@ -646,7 +645,7 @@ def task_train(given: dict) -> None:
     torch.manual_seed(chosen["seed"])
     if load is None:
         network = model.Network(chosen["network"], actions)
-    Training(env_id, chosen, network, device, path, saved, log_file).run()
+    Training(env_id, chosen, options, network, device, path, saved, log_file).run()
 
 
 def load_agent(given: dict, output: str | None) -> tuple:
