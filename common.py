@@ -25,7 +25,7 @@ import numpy as np
 IMAGE_SIZE = (84, 84)
 FRAME_HISTORY = 4
 FRAME_SHAPE = (*IMAGE_SIZE, 3)
-STATE_SHAPE = (*IMAGE_SIZE, 3 * FRAME_HISTORY)
+STATE_SHAPE = (FRAME_HISTORY, *FRAME_SHAPE)  # oldest frame first
 MAX_EPISODE_STEPS = 10_000  # agent steps; ale-py itself sets no limit for the -v0 games
 RANDOM_ACTIONS = 0.01  # share of random actions in playing and evaluation
 VIDEO_FPS = 20  # agent steps per second: the games have 60 frames, a step of -v0 takes 3 on average
@@ -122,21 +122,6 @@ class Player:
         return cv2.resize(self.screen, IMAGE_SIZE), float(reward), bool(is_over)
 
 
-def stack_frames(previous: np.ndarray, frames: np.ndarray, fresh, out: np.ndarray) -> None:
-    """Write into `out` the states that follow `previous` when `frames` arrive.
-
-    previous, out: different arrays (n, 84, 84, 12) uint8, contiguous; frames: (n, 84, 84, 3);
-    fresh: (n,) bool, where an episode starts: there the three missing frames are zero.
-    """
-    # All channels one frame down: a single copy of memory, which is wrong only in the newest three.
-    np.copyto(out.reshape(-1)[:-3], previous.reshape(-1)[3:])
-    last, row = out.shape[-1] - 3, (-1, out.shape[-2])
-    newest = [0, last, 1, last + 1, 2, last + 2]
-    cv2.mixChannels([frames.reshape(*row, 3)], [out.reshape(*row, last + 3)], newest)
-    if any(fresh):
-        out[np.asarray(fresh), ..., :last] = 0
-
-
 class Episode(NamedTuple):
     """An episode that was played: its raw score and its length in agent steps."""
 
@@ -173,19 +158,20 @@ def evaluate(players, policy_of: Callable, episodes: int, seed: int, seconds: fl
 
     players: has `num_players` and `step(actions)`, which returns frames,
     rewards and is_over and starts new episodes by itself; `step(None)` starts the first ones.
-    policy_of: states (n, 84, 84, 12) uint8 -> policies (n, A).
+    policy_of: states (n, 4, 84, 84, 3) uint8 -> policies (n, A).
     """
     start, rng = time.monotonic(), np.random.default_rng(seed)
     n = players.num_players
     started = min(n, episodes)
     playing, fresh = np.arange(n) < started, np.ones(n, bool)
     score, length = np.zeros((2, n))
-    states, spare = np.zeros((2, n, *STATE_SHAPE), np.uint8)
+    states = np.zeros((n, *STATE_SHAPE), np.uint8)
     done: list[Episode] = []
     frames, rewards, is_over = players.step(None)
     while playing.any():
-        stack_frames(states, frames, fresh, spare)
-        states, spare = spare, states
+        states[:, :-1] = states[:, 1:]
+        states[fresh] = 0
+        states[:, -1] = frames
         frames, rewards, is_over = players.step(greedy_actions(policy_of(states), rng))
         score += rewards
         length += 1

@@ -16,7 +16,8 @@ from torch import distributed, nn
 MAX_ARRAY_BYTES = 2**26  # of a variable in a file; the largest one here has 13 MB
 MAX_ACTIONS = 1000
 CHECKPOINT_FORMAT = "batch-a3c 1"
-STATE_SHAPE = (84, 84, 12)  # row, column, history * 3 + rgb (oldest frame first)
+FRAME_SHAPE, FRAME_HISTORY = (84, 84, 3), 4
+STATE_SHAPE = (FRAME_HISTORY, *FRAME_SHAPE)  # oldest frame first
 LOSSES = ("policy_loss", "xentropy_loss", "value_loss", "cost")
 METRICS = (*LOSSES, "importance", "rms_advantage", "predict_reward", "grad_norm")
 # On a CPU a batch is cut into parts of at most so many states, one thread each: their activations
@@ -38,7 +39,7 @@ class Network(nn.Module):
         super().__init__()
         self.kind = kind
         self.num_actions = num_actions
-        channels = STATE_SHAPE[-1]
+        channels = 3 * FRAME_HISTORY  # history * 3 + rgb, oldest frame first
         if kind == "ba3c":
             self.conv0 = nn.Conv2d(channels, 32, 5, padding=2)
             self.conv1 = nn.Conv2d(32, 32, 5, padding=2)
@@ -58,12 +59,26 @@ class Network(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, A) and value (B,) of uint8 states (B, 84, 84, 12)."""
-        x = state.permute(0, 3, 1, 2).float()  # NCHW in channels-last memory: a view
-        # x / 255 is folded into the first weights: 4,800 divisions instead of 84,672 per state.
+    def first_layer(self, state: torch.Tensor, interleave: bool) -> torch.Tensor:
+        """The first convolution of uint8 states, by one of two ways to the same result.
+
+        With `interleave` the frames of a state become its channels, as the weights have them, which
+        is cheap on a GPU. Without, time is one more dimension of the convolution.
+        """
         conv0 = self.conv0
-        x = F.conv2d(x, conv0.weight / 255, conv0.bias, conv0.stride, conv0.padding)
+        # x / 255 is folded into the weights: 4,800 divisions instead of 84,672 per state.
+        weight = conv0.weight / 255
+        if interleave:
+            x = state.permute(0, 2, 3, 1, 4).flatten(3).float().permute(0, 3, 1, 2)
+            return F.conv2d(x, weight, conv0.bias, conv0.stride, conv0.padding)
+        x = state.to(torch.float, memory_format=torch.contiguous_format).permute(0, 4, 1, 2, 3)
+        weight = weight.unflatten(1, (FRAME_HISTORY, 3)).transpose(1, 2)
+        stride, padding = (1, *conv0.stride), (0, *conv0.padding)
+        return F.conv3d(x, weight, conv0.bias, stride, padding).squeeze(2)
+
+    def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, A) and value (B,) of uint8 states (B, 4, 84, 84, 3)."""
+        x = self.first_layer(state, interleave=state.is_cuda)
         if self.kind == "ba3c":
             x = F.relu(F.max_pool2d(x, 2))  # = max_pool(relu(x)), on a quarter of the elements
             x = F.relu(F.max_pool2d(self.conv1(x), 2))
@@ -79,7 +94,8 @@ class Network(nn.Module):
 class Batch(NamedTuple):
     """Training data of B states: tensors on one device."""
 
-    states: torch.Tensor  # (B, 84, 84, 12) uint8
+    frames: torch.Tensor  # (F, 84, 84, 3) uint8; a state is four that follow each other
+    newest: torch.Tensor  # (B,) int64, of each state the index of its last frame
     actions: torch.Tensor  # (B,) int64
     action_probs: torch.Tensor  # (B,) float32, when the action was chosen
     future_rewards: torch.Tensor  # (B,) float32, the n-step returns
@@ -90,7 +106,13 @@ class Batch(NamedTuple):
 
     def split(self, size: int) -> list["Batch"]:
         """Consecutive parts of at most `size` states."""
-        return [Batch(*part) for part in zip(*(c.split(size) for c in self), strict=True)]
+        columns = (column.split(size) for column in self[1:])
+        return [Batch(self.frames, *part) for part in zip(*columns, strict=True)]
+
+    def states(self) -> torch.Tensor:
+        """(B, 4, 84, 84, 3) uint8."""
+        history = torch.arange(1 - FRAME_HISTORY, 1, device=self.newest.device)
+        return self.frames[self.newest[:, None] + history]
 
 
 def loss_terms(logits: torch.Tensor, value: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -171,6 +193,8 @@ class Learner:
         group["lr"] = learning_rate
         group["eps"] = self.adam_epsilon / (1 - group["betas"][1] ** self.updates) ** 0.5
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient.dim() == 4:  # as the weights lie: the fused optimizer goes through memory
+                gradient = gradient.contiguous(memory_format=torch.channels_last)
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -186,8 +210,7 @@ class Learner:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         distributed.all_reduce(flat)
         parts = (flat / self.ranks).split([tensor.numel() for tensor in tensors])
-        pairs = zip(tensors, parts, strict=True)  # strides as they were: the optimizer uses memory
-        return [torch.empty_like(t).copy_(p.view(t.shape)) for t, p in pairs]
+        return [p.view(t.shape) for t, p in zip(tensors, parts, strict=True)]
 
     def check_ranks(self) -> None:
         """Raise RuntimeError if the ranks do not hold the same weights, to the bit."""
@@ -202,7 +225,7 @@ class Learner:
         """Loss terms (6,) and the gradient of the cost for each parameter, before clipping."""
 
         def part_gradients(part: Batch) -> tuple[torch.Tensor, tuple]:
-            terms = loss_terms(*self.network(part.states), part)
+            terms = loss_terms(*self.network(part.states()), part)
             cost = cost_of(terms, entropy_beta, len(batch.actions))
             return terms.detach(), torch.autograd.grad(cost, self.parameters)
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import simulator
 from common import count_cores, evaluate
-from model import STATE_SHAPE, Batch, Learner, Network
-from simulator import Books, Experience, Fleet, Master, Message, VectorPlayers
+from model import FRAME_HISTORY, FRAME_SHAPE, STATE_SHAPE, Batch, Learner, Network
+from simulator import Books, Fleet, Master, Message, Segment, VectorPlayers
 
 EVAL_PLAYERS = 16  # side by side in an evaluation
 LOG_SECONDS = 10  # from one line of progress to the next, where there is no terminal
@@ -37,14 +37,19 @@ class ExperienceQueue:
 
     def __init__(self, batch_size: int, size: int, pinned: bool = False):
         self.batch_size, self.size = batch_size, size
+
+        def empty_batch() -> Batch:
+            shape = (FRAME_HISTORY * batch_size, *FRAME_SHAPE)  # if no two states share a frame
+            frames = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+            return Batch(
+                frames, *torch.zeros(2, batch_size, dtype=torch.int64), *torch.zeros(2, batch_size)
+            )
+
         # What waits (size, and the rest of a segment that was let in last), and what is trained on.
-        self.capacity = batch_size * (-(-size // batch_size) + 2)
-        shape = (self.capacity, *STATE_SHAPE)
-        states = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        actions = torch.zeros(self.capacity, dtype=torch.int64)
-        self.store = Batch(states, actions, *torch.zeros(2, self.capacity))
-        self.versions = np.zeros(self.capacity, np.int64)
-        self.arrays = [*(column.numpy() for column in self.store), self.versions]
+        self.batches = [empty_batch() for _ in range(-(-size // batch_size) + 2)]
+        self.arrays = [tuple(column.numpy() for column in batch) for batch in self.batches]
+        self.versions = np.zeros((len(self.batches), batch_size), np.int64)
+        self.frame_counts = [0] * len(self.batches)
         self.put_count = 0  # states that ever came in
         self.got_count = 0  # states that ever went out
         self.closed = False
@@ -53,24 +58,34 @@ class ExperienceQueue:
     def __len__(self) -> int:
         return self.put_count - self.got_count
 
-    def put(self, segment: list[Experience]) -> bool:
-        """Copy a segment (at most batch_size states) into the queue; waits while it is full.
-
-        False if the queue was closed.
-        """
+    def put(self, segment: Segment) -> bool:
+        """Copy a segment into the queue; waits while it is full. False if the queue was closed."""
         with self.changed:
             while len(self) >= self.size and not self.closed:
                 self.changed.wait()
             if self.closed:
                 return False
-            for count, experience in enumerate(segment, self.put_count):
-                place = count % self.capacity
-                for array, value in zip(self.arrays, experience, strict=True):
-                    array[place] = value
-            self.put_count += len(segment)
+            done, count = 0, len(segment.actions)
+            while done < count:  # it may be cut into two batches
+                batch, first = divmod(self.put_count, self.batch_size)
+                end = min(done + self.batch_size - first, count)
+                self.copy(segment, done, end, batch % len(self.batches), first)
+                self.put_count, done = self.put_count + end - done, end
             if len(self) >= self.batch_size:
                 self.changed.notify_all()
             return True
+
+    def copy(self, segment: Segment, begin: int, end: int, batch: int, first: int) -> None:
+        """Copy the states `begin` to `end` of a segment into a batch, from row `first` on."""
+        frames, newest, *columns = (*self.arrays[batch], self.versions[batch])
+        last, rows = len(segment.frames), slice(first, first + end - begin)
+        new = segment.frames[last - end - FRAME_HISTORY + 1 : last - begin]
+        start = self.frame_counts[batch] if first else 0
+        self.frame_counts[batch] = stop = start + len(new)
+        frames[start:stop] = new
+        newest[rows] = range(stop - 1, stop - 1 - end + begin, -1)
+        for column, values in zip(columns, segment[1:], strict=True):
+            column[rows] = values[begin:end]
 
     def get(self, timeout: float) -> tuple[Batch, np.ndarray] | None:
         """The next batch and the versions (B,) that chose its actions; None after `timeout` s.
@@ -81,11 +96,12 @@ class ExperienceQueue:
             self.changed.wait_for(lambda: len(self) >= self.batch_size or self.closed, timeout)
             if len(self) < self.batch_size or self.closed:
                 return None
-            start = self.got_count % self.capacity
+            number = self.got_count // self.batch_size % len(self.batches)
             self.got_count += self.batch_size
             self.changed.notify_all()
-            rows = slice(start, start + self.batch_size)
-            return Batch(*(column[rows] for column in self.store)), self.versions[rows]
+            batch = self.batches[number]
+            frames = batch.frames[: self.frame_counts[number]]
+            return batch._replace(frames=frames), self.versions[number]
 
     def close(self) -> None:
         """Wake everybody up; nothing goes in or out any more."""
@@ -101,7 +117,7 @@ def sample_actions(policy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def predict(network: Network, states: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Policy (n, A) and value (n,) of uint8 states (n, 84, 84, 12), as float32 arrays.
+    """Policy (n, A) and value (n,) of uint8 states (n, 4, 84, 84, 3), as float32 arrays.
 
     Raises FloatingPointError if one of them is not finite.
     """
@@ -115,7 +131,7 @@ def predict(network: Network, states: torch.Tensor) -> tuple[np.ndarray, np.ndar
 
 
 def policy_of(network: Network) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from uint8 states (n, 84, 84, 12) to policies (n, A) that `network` is."""
+    """The function from uint8 states (n, 4, 84, 84, 3) to policies (n, A) that `network` is."""
     return lambda states: predict(network, torch.from_numpy(states))[0]
 
 
@@ -159,8 +175,7 @@ class Feed:
             if self.pinned:
                 stream = torch.cuda.stream(torch.cuda.Stream(self.device))
             o = self.options
-            simulators = master.num_players // master.players
-            books = Books(simulators, master.players, o.local_time_max, o.gamma)
+            books: dict[int, Books] = {}  # by place
             rng = np.random.default_rng(seed)
             shape = (max(o.predict_batch_size, master.players), *STATE_SHAPE)
             staging = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pinned)
@@ -176,14 +191,17 @@ class Feed:
         states, k = staging[: len(messages) * master.players], master.players
         for i, message in enumerate(messages):
             self.scores.extend(score for score, _ in message.finished)
-            for segment in books.observe(message):
+            if message.is_first:  # of one that was there before everything is dropped
+                o = self.options
+                books[message.place] = Books(k, o.local_time_max, o.gamma)
+            for segment in books[message.place].settle(message):
                 if not self.queue.put(segment):
                     return
-            newest = torch.from_numpy(books.newest_states(message.place))
+            newest = torch.from_numpy(books[message.place].observe(message))
             if len(messages) > 1 or self.pinned:
                 states[i * k : (i + 1) * k] = newest
             else:
-                states = newest  # they lie together already
+                states = newest
         if not messages:
             return
         network, version, ready = self.published  # after waiting for the queue: the newest
@@ -196,7 +214,7 @@ class Feed:
         for i, message in enumerate(messages):
             part = [column[i * k : (i + 1) * k] for column in columns]
             master.reply(message, part[0])
-            books.decide(message.place, *part, version)
+            books[message.place].decide(*part, version)
 
     def publish(self, network: Network, version: int) -> None:
         """Let predictors use a copy of `network` from their next batch on.

@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
 """The simulator program, how it talks to the training process, and the books kept of each player.
 
-    simulator.py --connect ipc:///tmp/batch-a3c-x/0 --env Breakout-v0 --identity a --players 8
-
 A simulator steps its players together. For every step it sends one message with their new frames
 and waits for one with their actions:
 
@@ -13,6 +11,8 @@ The rewards belong to the actions of the message before. Where is_over, the fram
 first of the next episode, and `finished` holds [score, length] of the one that ended. A simulator
 ends when its standard input closes, which happens however its parent ends. It never imports torch.
 
+A run starts one process of this program, which forks all of its simulators: see `serve_run`.
+
 Started by hand, on any machine, it adds players to a run that listens:
 
     simulator.py --connect tcp://HOST:PORT --key FILE --env Breakout-v0 --simulator-proc 32
@@ -20,13 +20,15 @@ Started by hand, on any machine, it adds players to a run that listens:
 
 import argparse
 import contextlib
-import dataclasses
 import fcntl
+import gc
 import glob
+import itertools
 import math
 import os
 import resource
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -34,6 +36,8 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -42,13 +46,12 @@ import numpy as np
 import zmq
 
 from common import (
+    FRAME_HISTORY,
     FRAME_SHAPE,
-    STATE_SHAPE,
     Player,
     UserError,
     count_cores,
     make_env,
-    stack_frames,
 )
 
 FRAME_BYTES = int(np.prod(FRAME_SHAPE))
@@ -58,9 +61,12 @@ HANG_SECONDS = 60.0  # a simulator that is silent for so long, though it was ans
 START_SECONDS = 300.0  # and one that has not said anything yet: hundreds start at once
 ATTEMPTS, ATTEMPT_SECONDS = 3, 60.0  # so many failures end the run if none has lived so long
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PREFIX = "batch-a3c-"
+PREFIX, IPC = "batch-a3c-", "ipc://"
 REMOTE_SIMULATORS = 256  # most that may join a run that listens
 REJOIN_SECONDS = 3.0
+REAP_SECONDS = 0.1  # until one that has ended is noticed
+MOST_MESSAGES = 1000  # that are looked at before some are answered
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of what was ended from outside
 
 
 def on_signals(handler: Callable, signals=SIGNALS) -> None:
@@ -138,19 +144,19 @@ def join(socket: zmq.Socket, key: list[bytes]) -> zmq.Socket:
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | failures)
 
 
-def simulate(a: argparse.Namespace) -> None:
+def simulate(a: argparse.Namespace, identity: str, address: str) -> None:
     """Play until standard input is closed, or until a run on another machine is lost."""
     threading.Thread(target=end_with_parent, args=(os._exit, 0), daemon=True).start()
     num_players, monitor = a.players, None
     players = [Player(make_env(a.env, a.window)) for _ in range(num_players)]
-    seeds = np.random.SeedSequence((a.seed, *a.identity.encode())).generate_state(num_players)
+    seeds = np.random.SeedSequence((a.seed, *identity.encode())).generate_state(num_players)
     socket = zmq.Context().socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, a.identity.encode())
+    socket.setsockopt(zmq.IDENTITY, identity.encode())
     socket.set_hwm(HIGH_WATER_MARK)
     socket.setsockopt(zmq.LINGER, 0)
     if a.key:
         monitor = join(socket, read_key(a.key))
-    socket.connect(a.connect)
+    socket.connect(address)
 
     frames = np.stack([p.reset(seed=int(s)) for p, s in zip(players, seeds, strict=True)])
     rewards, is_over, finished = [0.0] * num_players, [False] * num_players, []
@@ -160,13 +166,100 @@ def simulate(a: argparse.Namespace) -> None:
         finished = []
         while monitor and not socket.poll(1000):
             if monitor.poll(0):
-                raise UserError(f"{a.connect} ended the connection, or does not know the key")
+                raise UserError(f"{address} ended the connection, or does not know the key")
         for i, action in enumerate(msgpack.unpackb(socket.recv())):
             player = players[i]
             frames[i], rewards[i], is_over[i] = player.step(action)
             if is_over[i]:
                 finished.append([player.score, player.length])
                 frames[i] = player.reset()
+
+
+class Nursery:
+    """Forks simulators from a process that has imported all they need: they start at once.
+
+    They end with it, however it ends: their standard input is a pipe that it holds open.
+    """
+
+    def __init__(self, a: argparse.Namespace):
+        self.a, self.life = a, os.pipe()
+        self.children: dict[int, str] = {}  # identities by process
+        gc.freeze()  # what is there stays shared memory
+
+    def fork(self, identity: str, address: str, log: str | None = None) -> int:
+        """Start a simulator, which writes to `log`; returns its process."""
+        pid = os.fork()
+        if pid:
+            self.children[pid] = identity
+            return pid
+        try:
+            for signum in SIGNALS:  # what reaches a terminal is for its parent
+                signal.signal(
+                    signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.SIG_IGN
+                )
+            os.dup2(self.life[0], 0)
+            os.close(self.life[1])
+            if log is not None:
+                output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+            code = run(self.a, lambda: simulate(self.a, identity, address))
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stderr.flush()
+        os._exit(code)
+
+    def reap(self) -> Iterator[tuple[str, int, int]]:
+        """Identity, process and exit code of those that have ended."""
+        while self.children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            yield self.children.pop(pid), pid, os.waitstatus_to_exitcode(status)
+
+    def close(self) -> None:
+        """End all of them."""
+        for pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def serve_run(a: argparse.Namespace) -> None:
+    """Start a simulator for each line `identity master log` of standard input, until it closes.
+
+    Standard output says `identity process` of each that starts and `identity process code` of each
+    that ends.
+    """
+    nursery, lines = Nursery(a), b""
+    with contextlib.closing(nursery), contextlib.suppress(BrokenPipeError):
+        while True:
+            if select.select([0], [], [], REAP_SECONDS)[0]:
+                if not (data := os.read(0, 65536)):
+                    break
+                *whole, lines = (lines + data).split(b"\n")
+                for line in whole:
+                    identity, master, log = line.decode().split()
+                    address, log = f"{a.connect}/{master}", f"{a.connect[len(IPC) :]}/{log}"
+                    pid = nursery.fork(identity, address, log)
+                    os.write(1, f"{identity} {pid}\n".encode())
+            for identity, pid, code in nursery.reap():
+                os.write(1, f"{identity} {pid} {code}\n".encode())
+
+
+def join_run(a: argparse.Namespace) -> None:
+    """Keep `simulator_proc` simulators in a run elsewhere, and start those anew that lost it."""
+    on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
+    if a.key is None:
+        raise UserError("--key FILE is needed to join a run", 2)
+    read_key(a.key)
+    make_env(a.env).close()
+    with contextlib.closing(Nursery(a)) as nursery:
+        while True:
+            list(nursery.reap())
+            while len(nursery.children) < a.simulator_proc:
+                nursery.fork(secrets.token_hex(16), a.connect)  # which nobody else calls itself
+            time.sleep(REJOIN_SECONDS)
 
 
 class Message(NamedTuple):
@@ -197,6 +290,7 @@ class Master:
         self.answered = [math.inf] * simulators  # since when each has had to play; inf: it sent
         self.drained = 0.0  # when the socket was last seen to be empty
         self.dropped = 0  # messages that no simulator of this master can have sent
+        self.arrived: list[Message] = []  # and not been handed out
         self.socket = context.socket(zmq.ROUTER)
         self.socket.set_hwm(HIGH_WATER_MARK)  # before bind: later it would do nothing
         self.socket.setsockopt(zmq.MAXMSGSIZE, players * FRAME_BYTES + 65536)
@@ -228,11 +322,9 @@ class Master:
 
     def receive(self, most: int, timeout_ms: int) -> list[Message]:
         """What has arrived, up to `most` players (one message at least); waits for the first."""
-        messages: list[Message] = []
-        if not self.socket.poll(0):
-            self.drained = time.monotonic()
+        if not self.arrived:
             self.socket.poll(timeout_ms)
-        for _ in range(max(1, most // self.players)):
+        for _ in range(MOST_MESSAGES):
             try:
                 message = self.parse(self.socket.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
@@ -241,7 +333,9 @@ class Master:
             if message is None:
                 self.dropped += 1
             else:
-                messages.append(message)
+                self.arrived.append(message)
+        count = max(1, most // self.players)
+        messages, self.arrived = self.arrived[:count], self.arrived[count:]
         return messages
 
     def parse(self, parts: list[bytes]) -> Message | None:
@@ -260,7 +354,7 @@ class Master:
         if not fits or len(pixels) != k * FRAME_BYTES or not math.isfinite(sum(rewards)):
             return None
         place = self.find_place(identity)
-        if place is None:
+        if place is None or self.answered[place] == math.inf:  # it does not wait for its answer
             return None
         is_first = identity not in self.connected
         self.connected.add(identity)
@@ -271,90 +365,90 @@ class Master:
     def reply(self, message: Message, actions: list[int]) -> None:
         """Send the actions (k,) of the players of `message`."""
         self.answered[message.place] = time.monotonic()
-        self.socket.send_multipart([message.identity, msgpack.packb(actions)])
+        self.socket.send(message.identity, zmq.SNDMORE)
+        self.socket.send(msgpack.packb(actions))
 
 
-class Experience(NamedTuple):
-    """A state to train on, with the n-step return of what was done in it."""
+class Segment(NamedTuple):
+    """Consecutive states of a player, newest first, and what was done in them."""
 
-    state: np.ndarray  # a view of the books, valid until the player's next state but one
-    action: int
-    action_prob: float
-    future_reward: float
-    version: int  # of the weights that chose the action
+    frames: np.ndarray  # (m + 3, 84, 84, 3), oldest first, four for each state: a view of the books
+    actions: list[int]  # (m,)
+    action_probs: list[float]  # (m,)
+    future_rewards: list[float]  # (m,), the n-step returns
+    versions: list[int]  # (m,), of the weights that chose the actions
 
 
-@dataclasses.dataclass(slots=True)
-class Step:
-    """A state whose return is not known yet."""
+class Step(NamedTuple):
+    """What was chosen and predicted for the players of a simulator, (k,) each."""
 
-    state: np.ndarray
-    action: int
-    action_prob: float
-    value: float
+    actions: list[int]
+    action_probs: list[float]
+    values: list[float]
     version: int
-    reward: float = 0.0
+    rewards: list[float]  # clipped; filled in when they are known
 
 
 class Books:
-    """What is remembered of the players of a master until their n-step returns are known.
+    """What is remembered of the players of a simulator until their n-step returns are known.
 
     Mnih et al. 2016, algorithm S3: R = r + gamma * R, from 0 at the end of an episode, otherwise
     from the value that was predicted for the newest state. Rewards are clipped to [-1, 1].
     """
 
-    def __init__(self, simulators: int, players: int, local_time_max: int, gamma: float):
-        self.players, self.local_time_max, self.gamma = players, local_time_max, gamma
-        self.steps: list[list[Step]] = [[] for _ in range(simulators * players)]
-        # A ring per simulator: the remembered states (local_time_max + 1) and the newest.
-        shape = (simulators, local_time_max + 2, players, *STATE_SHAPE)
-        self.states = np.zeros(shape, np.uint8)
-        self.newest = [0] * simulators  # places in the rings
+    def __init__(self, players: int, local_time_max: int, gamma: float):
+        self.local_time_max, self.gamma = local_time_max, gamma
+        self.steps: deque[Step] = deque(maxlen=local_time_max + 1)
+        self.counts = [0] * players  # of the last steps, those that are remembered of each player
+        self.needed = local_time_max + FRAME_HISTORY - 1  # frames before the next one
+        self.frames = np.zeros((players, 3 * self.needed, *FRAME_SHAPE), np.uint8)
+        self.end = FRAME_HISTORY - 1  # of the frames that are there
 
-    def observe(self, message: Message) -> list[list[Experience]]:
-        """Enter rewards where they belong, and the new states; returns finished segments.
+    def settle(self, message: Message) -> Iterator[Segment]:
+        """Enter rewards where they belong; yields the segments that are finished by them.
 
-        Of a player's first message reward and is_over belong to nothing and are ignored; what is
-        remembered of a simulator that was here before is dropped.
+        Of a first message reward and is_over belong to nothing and are ignored.
         """
-        first, segments, fresh = message.place * self.players, [], []
-        if message.is_first:
-            self.steps[first : first + self.players] = [[] for _ in range(self.players)]
-        for player, reward in enumerate(message.rewards, first):
-            steps, is_over = self.steps[player], message.is_over[player - first]
-            fresh.append(is_over or not steps)
-            if steps:
-                steps[-1].reward = min(max(reward, -1.0), 1.0)
-            if steps and is_over:
-                segments.append(self.segment(steps, 0.0))
-                self.steps[player] = []
-            elif len(steps) > self.local_time_max:
-                newest = steps.pop()
-                segments.append(self.segment(steps, newest.value))
-                self.steps[player] = [newest]
-        ring, previous = self.states[message.place], self.newest[message.place]
-        following = self.newest[message.place] = (previous + 1) % len(ring)
-        stack_frames(ring[previous], message.frames, fresh, ring[following])
-        return segments
+        if self.steps:
+            self.steps[-1].rewards.extend(min(max(r, -1.0), 1.0) for r in message.rewards)
+        for player, is_over in enumerate(message.is_over):
+            count = self.counts[player]
+            if is_over and count:
+                yield self.segment(player, count, 0, 0.0)
+                self.counts[player] = 0
+            elif count > self.local_time_max:
+                value = self.steps[-1].values[player]
+                yield self.segment(player, self.local_time_max, 1, value)
+                self.counts[player] = 1
 
-    def segment(self, steps: list[Step], future_reward: float) -> list[Experience]:
-        """These steps with their returns, newest first; future_reward: what follows the newest."""
-        segment = []
-        for s in reversed(steps):
-            future_reward = s.reward + self.gamma * future_reward
-            done = Experience(s.state, s.action, s.action_prob, future_reward, s.version)
-            segment.append(done)
-        return segment
+    def segment(self, player: int, count: int, skip: int, future_reward: float) -> Segment:
+        """`count` steps and their returns; future_reward: what follows them; `skip` are newer."""
+        columns = []
+        for age in range(skip, skip + count):
+            step = self.steps[-1 - age]
+            future_reward = step.rewards[player] + self.gamma * future_reward
+            row = (step.actions[player], step.action_probs[player], future_reward, step.version)
+            columns.append(row)
+        end = self.end - skip
+        frames = self.frames[player, end - count - FRAME_HISTORY + 1 : end]
+        return Segment(frames, *map(list, zip(*columns, strict=True)))
 
-    def newest_states(self, place: int) -> np.ndarray:
-        """The states (k, 84, 84, 12) of a simulator's players that wait for an action."""
-        return self.states[place, self.newest[place]]
+    def observe(self, message: Message) -> np.ndarray:
+        """Enter the new frames; returns the states (k, 4, 84, 84, 3) that they complete, a view."""
+        if self.end == self.frames.shape[1]:
+            self.frames[:, : self.needed] = self.frames[:, -self.needed :]
+            self.end = self.needed
+        self.frames[:, self.end] = message.frames
+        self.end += 1
+        first = self.end - FRAME_HISTORY
+        for player in np.flatnonzero(message.is_over):  # an episode starts
+            self.frames[player, first : self.end - 1] = 0
+        return self.frames[:, first : self.end]
 
-    def decide(self, place: int, actions, action_probs, values, version: int) -> None:
+    def decide(self, actions, action_probs, values, version: int) -> None:
         """Remember what was chosen and predicted in the newest states, (k,) each."""
-        rows = zip(self.newest_states(place), actions, action_probs, values, strict=True)
-        for player, row in enumerate(rows, place * self.players):
-            self.steps[player].append(Step(*row, version))
+        self.steps.append(Step(actions, action_probs, values, version, []))
+        self.counts = [count + 1 for count in self.counts]
 
 
 def sweep() -> None:
@@ -391,56 +485,79 @@ class Fleet:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, need), hard))
         self.directory = tempfile.mkdtemp(prefix=PREFIX)  # mode 0700: nobody else connects
         self.lock = os.open(self.directory, os.O_RDONLY)
-        self.processes: list[subprocess.Popen] = []
         self.masters: list[Master] = []
-        self.births = [0] * simulators
+        self.identities = [""] * simulators
+        self.lives: dict[str, list[int]] = {}  # process, and exit code if it has ended
         self.born = [0.0] * simulators  # when the present ones were started
         self.failures = [0] * simulators  # since one has lived long
         self.context = zmq.Context()
-        self.options = ["--env", env_id, "--players", str(players), "--seed", str(seed), *options]
+        self.command = [sys.executable, os.path.abspath(__file__), "--env", env_id, *options]
+        self.command += ["--players", str(players), "--seed", str(seed)]
+        self.command += ["--connect", IPC + self.directory]
+        self.births = itertools.count()
+        self.nursery: subprocess.Popen | None = None
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX)
             for group in range(groups):
-                address = f"ipc://{self.directory}/{group}"
+                address = f"{IPC}{self.directory}/{group}"
                 size = len(range(group, simulators, groups))
                 self.masters.append(Master(self.context, address, size, players))
-            for index in range(simulators):
-                self.processes.append(self.start(index))
+            self.start_all()
         except BaseException:
             self.close()
             raise
+
+    def start_all(self) -> None:
+        """Start the simulators, and the process that forks them."""
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with open(f"{self.directory}/log", "wb") as log:
+            # A session of its own: Ctrl-C is for the training process.
+            self.nursery = subprocess.Popen(
+                self.command, env=environment, stderr=log, start_new_session=True, **pipes
+            )
+        os.set_blocking(self.nursery.stdout.fileno(), False)
+        self.heard = b""
+        for index in range(len(self.identities)):
+            self.start(index)
 
     def seat(self, index: int) -> tuple[Master, int]:
         """Master and place of a simulator."""
         return self.masters[index % len(self.masters)], index // len(self.masters)
 
-    def identity(self, index: int) -> str:
-        """What a simulator calls itself: those that replace it have other names."""
-        return f"simulator-{index}.{self.births[index]}"
-
-    def start(self, index: int) -> subprocess.Popen:
-        """Start a simulator; its output goes to a file, its life hangs on a pipe."""
+    def start(self, index: int) -> None:
+        """Start a simulator; those that replace it will call themselves otherwise."""
         master, place = self.seat(index)
-        self.births[index] += 1
+        self.lives.pop(self.identities[index], None)
+        self.identities[index] = identity = f"simulator-{index}.{next(self.births)}"
         self.born[index] = time.monotonic()
-        identity = self.identity(index)
         master.admit(identity.encode(), place)
-        command = [sys.executable, os.path.abspath(__file__), "--connect", master.address]
-        command += ["--identity", identity, *self.options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        with open(f"{self.directory}/{index}.log", "wb") as output:
-            streams = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
-            # A session of its own: Ctrl-C is for the training process.
-            return subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+        line = f"{identity} {index % len(self.masters)} {index}.log\n"
+        with contextlib.suppress(BrokenPipeError):  # check will see it
+            self.nursery.stdin.write(line.encode())
+            self.nursery.stdin.flush()
 
     def is_connected(self, index: int) -> bool:
         """Whether a simulator has sent something."""
-        return self.identity(index).encode() in self.seat(index)[0].connected
+        return self.identities[index].encode() in self.seat(index)[0].connected
 
     @property
     def connected(self) -> int:
         """How many simulators have sent something."""
-        return sum(map(self.is_connected, range(len(self.processes))))
+        return sum(map(self.is_connected, range(len(self.identities))))
+
+    def ended(self, index: int) -> int | None:
+        """The exit code of a simulator that has ended."""
+        return (*self.lives.get(self.identities[index], []), None, None)[1]
+
+    def hear(self) -> None:
+        """Take in what is said of the lives of simulators."""
+        data = self.nursery.stdout.read() or b""
+        *lines, self.heard = (self.heard + data).split(b"\n")
+        for line in lines:
+            identity, *numbers = line.decode().split()
+            if identity in self.identities:
+                self.lives[identity] = [int(number) for number in numbers]
 
     def check(self) -> list[str]:
         """Replace simulators that have ended or hang; returns a sentence for each.
@@ -448,41 +565,62 @@ class Fleet:
         UserError with its last words for one that fails again and again. One that played and was
         killed from outside has not failed.
         """
+        self.hear()
+        if (code := self.nursery.poll()) is not None:
+            how = f"the parent of the simulators {self.last_words('log', code)}"
+            if code not in KILLED:
+                raise UserError(how)
+            self.end()
+            self.start_all()
+            return [how]
         events = []
-        for index, process in enumerate(self.processes):
+        for index, identity in enumerate(self.identities):
             master, place = self.seat(index)
+            pid, code = (*self.lives.get(identity, []), None, None)[:2]
             patience = HANG_SECONDS if self.is_connected(index) else START_SECONDS
             silence = master.drained - master.answered[place]
-            if process.poll() is None and silence <= patience:
+            if code is None and silence <= patience:
                 continue
-            how = f"simulator {index} " + self.bury(index, process, silence)
-            killed = process.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+            if code is None:
+                how = f"was silent for {silence:.0f} seconds"
+                if pid is not None:
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                how = self.last_words(f"{index}.log", code)
+            how = f"simulator {index} {how}"
             lived = time.monotonic() - self.born[index]
             if self.is_connected(index) and lived >= ATTEMPT_SECONDS:
                 self.failures[index] = 0
-            if not killed or not self.is_connected(index):
+            if code not in KILLED or not self.is_connected(index):
                 self.failures[index] += 1
                 if self.failures[index] >= self.attempts:
                     raise UserError(how)
-            self.processes[index] = self.start(index)
+            self.start(index)
             events.append(how)
         return events
 
-    def bury(self, index: int, process: subprocess.Popen, silence: float) -> str:
-        """End a simulator that hangs, if it has not ended yet; returns how it ended."""
-        code = process.poll()
-        end([process], 0.0)
-        if code is None:
-            return f"was silent for {silence:.0f} seconds"
-        with open(f"{self.directory}/{index}.log", errors="replace") as file:
+    def last_words(self, log: str, code: int) -> str:
+        """How a process ended, and what it said."""
+        with open(f"{self.directory}/{log}", errors="replace") as file:
             words = [line.strip() for line in file if line.strip()]
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         return f"{how}: {words[-1] if words else 'no message'}"
 
+    def end(self) -> None:
+        """End all simulators."""
+        end([self.nursery], END_SECONDS)
+        self.hear()
+        for pid, *code in self.lives.values():  # of a parent that was killed
+            if not code:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.nursery.stdout.close()
+
     def close(self) -> None:
         """End all simulators and remove the sockets; no thread may use the masters any more."""
         with undisturbed():
-            end(self.processes, END_SECONDS)
+            if self.nursery is not None:
+                self.end()
             self.context.destroy(linger=0)
             shutil.rmtree(self.directory, ignore_errors=True)
             os.close(self.lock)
@@ -509,7 +647,7 @@ class VectorPlayers(Fleet):
             first = message.place * master.players
             master.reply(message, actions[first : first + master.players].tolist())
         self.waiting = []
-        while len(self.waiting) < len(self.processes):
+        while len(self.waiting) < len(self.identities):
             self.waiting += master.receive(self.num_players, timeout_ms=200)
             self.check_run()
             for event in self.check():
@@ -519,40 +657,10 @@ class VectorPlayers(Fleet):
         return tuple(np.concatenate(column) for column in columns)
 
 
-def add_players(a: argparse.Namespace) -> None:
-    """Keep `simulator_proc` simulators in a run elsewhere, and start those anew that lost it."""
-    on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
-    if a.key is None:
-        raise UserError("--key FILE is needed to join a run", 2)
-    read_key(a.key)
-    make_env(a.env).close()
-    command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--identity"]
-    processes: list[subprocess.Popen] = []
+def run(a: argparse.Namespace, work: Callable[[], None]) -> int:
+    """Do it; what goes wrong is one sentence on standard error. Returns the exit code."""
     try:
-        while True:
-            processes = [process for process in processes if process.poll() is None]
-            while len(processes) < a.simulator_proc:
-                name = secrets.token_hex(16)  # which no other simulator of the run has
-                processes.append(subprocess.Popen([*command, name], stdin=subprocess.PIPE))
-            time.sleep(REJOIN_SECONDS)
-    finally:
-        end(processes, END_SECONDS)
-
-
-def main() -> int:
-    """Run simulators; what goes wrong is one sentence on standard error."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--connect", required=True, help="address of the master")
-    parser.add_argument("--env", required=True, help="gymnasium id of the game")
-    parser.add_argument("--players", type=int, default=1, help="players a simulator steps together")
-    parser.add_argument("--seed", type=int, default=0, help="of the run")
-    parser.add_argument("--key", metavar="FILE", help="of the run that listens")
-    parser.add_argument("--simulator-proc", type=int, default=1, help="simulators that join a run")
-    parser.add_argument("--window", action="store_true", help="show the game, at its speed")
-    parser.add_argument("--identity", help="what the master knows it by; for one that a run starts")
-    a = parser.parse_args()
-    try:
-        simulate(a) if a.identity else add_players(a)
+        work()
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
@@ -562,6 +670,20 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def main() -> int:
+    """Run simulators."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--connect", required=True, help="address of a run that listens")
+    parser.add_argument("--env", required=True, help="gymnasium id of the game")
+    parser.add_argument("--players", type=int, default=1, help="players a simulator steps together")
+    parser.add_argument("--seed", type=int, default=0, help="of the run")
+    parser.add_argument("--key", metavar="FILE", help="of the run that listens")
+    parser.add_argument("--simulator-proc", type=int, default=1, help="simulators that join a run")
+    parser.add_argument("--window", action="store_true", help="show the game, at its speed")
+    a = parser.parse_args()
+    return run(a, lambda: serve_run(a) if a.connect.startswith(IPC) else join_run(a))
 
 
 if __name__ == "__main__":

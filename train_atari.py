@@ -49,7 +49,7 @@ from simulator import SIGNALS, VectorPlayers, end, end_with_parent, on_signals, 
 
 EVAL_EPOCH = 3  # epochs from one evaluation to the next
 CPU_PREDICTORS = 4  # at most, one per two cores: Python runs one thread at a time
-CPU_PLAYERS = 32  # in all: on a CPU a process per core with several players costs least
+CPU_PLAYERS = 32  # in all: in two processes per core, so that one plays while the other waits
 EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 CHECKPOINT_SECONDS = 300
 LOG_SECONDS = 10
@@ -113,7 +113,7 @@ LEARNING = (
     ("EVAL_EPISODE", count, 50, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
 )
 SPEED = (
-    ("SIMULATOR_PROC", count, 50, "simulator processes; on a CPU 1 per core"),
+    ("SIMULATOR_PROC", count, 50, "simulator processes; on a CPU 2 per core"),
     ("PLAYERS_PER_SIMULATOR", count, 1, f"on a CPU so many that all are {CPU_PLAYERS}"),
     ("PREDICT_BATCH_SIZE", count, 15, "most states in one prediction"),
     ("PREDICTOR_THREAD_PER_GPU", count, 3, f"on a CPU 1 per 2 cores, {CPU_PREDICTORS} at most"),
@@ -233,7 +233,7 @@ def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
     table = {name.lower(): default for name, _, default, _ in LEARNING + SPEED}
     if chosen.get("network") == "a3c":
         table |= LEARNING_OF_A3C
-    default = ranks * min(cores, CPU_PLAYERS) if on_cpu else table["simulator_proc"]
+    default = ranks * min(2 * cores, CPU_PLAYERS) if on_cpu else table["simulator_proc"]
     simulators = max(1, chosen.get("simulator_proc", default) // ranks)
     chosen = chosen | {"simulator_proc": simulators}
     if on_cpu:
@@ -712,7 +712,7 @@ def task_play(given: dict) -> None:
     try:
         watch(players, network, count, seed, lambda episodes: None)
     except UserError as error:
-        if players.processes[0].returncode != 0:  # 0: the window was closed
+        if players.ended(0) != 0:  # 0: the window was closed
             raise UserError(f"{error}; --output DIR writes videos instead") from error
 
 

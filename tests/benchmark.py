@@ -87,13 +87,14 @@ def parts_alone(o, env_id: str, seconds: float) -> dict[str, float]:
     """States per second of each part on one idle core, and the bound for all cores together."""
     import torch
 
-    from model import STATE_SHAPE, Batch, Learner, Network
+    from model import FRAME_SHAPE, Batch, Learner, Network
 
     torch.set_num_threads(1)
     network = Network(o.network, count_actions(env_id))
-    states = torch.randint(0, 256, (o.batch_size, *STATE_SHAPE), dtype=torch.uint8)
+    frames = torch.randint(0, 256, (4 * o.batch_size, *FRAME_SHAPE), dtype=torch.uint8)
     ones = torch.ones(o.batch_size)
-    batch = Batch(states, torch.zeros(o.batch_size, dtype=torch.int64), ones, ones)
+    batch = Batch(frames, torch.arange(3, 4 * o.batch_size, 4), ones.long(), ones, ones)
+    states = batch.states()
     learner = Learner(network, torch.device("cpu"), 1e-3, threads=1)
     result = {"player": players_alone(env_id, 1, seconds)}
     with torch.inference_mode():
@@ -190,7 +191,7 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
         )
     undo = [timed(predictor, "predict", spent), timed(predictor.Feed, "answer", spent)]
     feed = predictor.Feed(env_id, o, learner, np.random.SeedSequence(0))
-    pids = [process.pid for process in feed.fleet.processes]
+    pids: list[int] = []
     states, lags, begin = 0, [], None
     try:
         warm = time.monotonic() + 600
@@ -198,9 +199,11 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
             if (got := feed.queue.get(timeout=0.5)) is None:
                 feed.check()
                 continue
-            if begin is None and feed.fleet.connected == len(pids):
+            if begin is None and feed.fleet.connected == o.simulator_proc:
                 warm = min(warm, time.monotonic() + 3)
                 if time.monotonic() >= warm or seconds < 1:
+                    feed.check()
+                    pids = [pid for pid, *_ in feed.fleet.lives.values()]
                     cpu = time.process_time(), sum(map(tree_seconds, pids))
                     begin = (time.monotonic(), *cpu, dict(spent))
                     states, lags = 0, []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import common
-from common import Episode, Player, UserError, evaluate, make_env, stack_frames, summary
+from common import Episode, Player, UserError, evaluate, make_env, summary
 
 
 class Script(gymnasium.Env):
@@ -108,22 +108,6 @@ def test_breakout_is_the_stochastic_v0():
     assert gymnasium.spec("Breakout-v0").kwargs["frameskip"] == (2, 5)  # 2 to 4
 
 
-def test_stack():
-    """Two players side by side; the second starts a new episode with frame 4."""
-    rng = np.random.default_rng(0)
-    frames = rng.integers(1, 256, (6, 2, 84, 84, 3), dtype=np.uint8)
-    states = rng.integers(1, 256, (7, 2, 84, 84, 12), dtype=np.uint8)
-    for i in range(6):
-        stack_frames(states[i], frames[i], [i == 0, i in (0, 4)], states[i + 1])
-    for i in range(6):
-        for player, start in ((0, 0), (1, 4 if i >= 4 else 0)):
-            history = [
-                frames[j, player] if j >= start else np.zeros((84, 84, 3))
-                for j in range(i - 3, i + 1)
-            ]
-            np.testing.assert_array_equal(states[i + 1, player], np.concatenate(history, axis=2))
-
-
 class Scripted:
     """Side by side: episode k of player i lasts `length(i, k)` steps and earns 1 in each."""
 
@@ -153,6 +137,30 @@ def test_every_episode_that_starts_counts():
     assert sorted(done) == [Episode(4, 4, True)] * 4 + [Episode(40, 40, True)]
     assert summary(done)["mean"] == pytest.approx((4 * 4 + 40) / 5)
     assert summary(done)["episodes"] == 5
+
+
+def test_the_states_of_an_evaluation_stack_frames_of_one_episode_only():
+    frames = np.random.default_rng(0).integers(1, 256, (9, 2, 84, 84, 3), dtype=np.uint8)
+    players = Scripted(2, lambda player, episode: 8 if player == 0 else 3)
+    step, count, seen = players.step, 0, []
+
+    def show(actions):
+        nonlocal count
+        count += 1
+        return frames[count - 1], *step(actions)[1:]
+
+    def policy_of(states):
+        seen.append(states.copy())
+        return uniform(states)
+
+    players.step = show
+    list(evaluate(players, policy_of, episodes=3, seed=0, seconds=1e9))
+    assert len(seen) >= 6
+    for i, states in enumerate(seen):
+        for player, start in ((0, 0), (1, i - i % 3)):
+            for j, frame in zip(range(i - 3, i + 1), states[player], strict=True):
+                expected = frames[j, player] if j >= start else np.zeros((84, 84, 3))
+                np.testing.assert_array_equal(frame, expected)
 
 
 def test_more_players_than_episodes():

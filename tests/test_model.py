@@ -62,8 +62,8 @@ def golden_arrays():
     action_prob = r.uniform(0.02, 1.0, 16).astype(np.float32)
     action_prob[0], action_prob[1] = 0.0, 1e-9
     future_reward = (3 * r.standard_normal(16)).astype(np.float32)
-    state = np.ascontiguousarray(state.transpose(0, 1, 2, 4, 3)).reshape(16, 84, 84, 12)
-    columns = (state, action.astype(np.int64), action_prob, future_reward)
+    frames = np.ascontiguousarray(state.transpose(0, 4, 1, 2, 3)).reshape(64, 84, 84, 3)
+    columns = (frames, np.arange(3, 64, 4), action.astype(np.int64), action_prob, future_reward)
     return weights, Batch(*map(torch.from_numpy, columns))
 
 
@@ -100,7 +100,7 @@ def relative(actual, expected):
 
 def test_forward(learner, golden):
     with torch.no_grad():
-        logits, value = learner.network(golden_arrays()[1].states)
+        logits, value = learner.network(golden_arrays()[1].states())
     np.testing.assert_allclose(logits.numpy(), golden["logits"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(value.numpy(), golden["value"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(logits.softmax(1).numpy(), golden["policy"], rtol=1e-4, atol=1e-6)
@@ -164,7 +164,7 @@ def test_files_of_the_zoo_load(tmp_path, golden):
     zoo |= {"conv0/W/Adam:0": weights["conv0/W"], "global_step:0": np.array(1234)}
     np.savez(tmp_path / "zoo.npz", **zoo)
     with torch.no_grad():
-        logits, _ = load(str(tmp_path / "zoo.npz"))[0](batch.states)
+        logits, _ = load(str(tmp_path / "zoo.npz"))[0](batch.states())
     np.testing.assert_allclose(logits.numpy(), golden["logits"], rtol=1e-4, atol=1e-5)
     np.savez(tmp_path / "half.npz", **{name: a.astype(np.float16) for name, a in weights.items()})
     half = tensorpack_arrays(load(str(tmp_path / "half.npz"))[0])
@@ -238,7 +238,8 @@ def test_a3c_network_is_that_of_the_paper():
     """Against explicit convolutions on the tensorpack arrays, in NHWC."""
     network = Network("a3c", 6)
     weights = {n: a.astype(np.float64) for n, a in tensorpack_arrays(network).items()}
-    state = np.random.default_rng(0).integers(256, size=(84, 84, 12), dtype=np.uint8)
+    frames = np.random.default_rng(0).integers(256, size=(4, 84, 84, 3), dtype=np.uint8)
+    state = np.concatenate(frames, axis=2)  # channel: history * 3 + rgb, oldest frame first
 
     def convolve(x, name, stride):
         kernel, size = weights[f"{name}/W"], (x.shape[0] - weights[f"{name}/W"].shape[0]) // stride
@@ -253,9 +254,21 @@ def test_a3c_network_is_that_of_the_paper():
     x = convolve(convolve(state / 255, "conv0", 4), "conv1", 2).reshape(-1)
     x = np.maximum(x @ weights["fc0/W"] + weights["fc0/b"], 0)
     with torch.no_grad():
-        logits, value = network(torch.from_numpy(state[None]))
+        logits, value = network(torch.from_numpy(frames[None]))
     np.testing.assert_allclose(logits[0], x @ weights["fc-pi/W"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(value, x @ weights["fc-v/W"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ba3c", "a3c"])
+def test_both_ways_through_the_first_layer_lead_to_one_result(kind):
+    network, results = Network(kind, 4), []
+    states = torch.randint(0, 256, (3, 4, 84, 84, 3), dtype=torch.uint8)
+    for interleave in (False, True):
+        x = network.first_layer(states, interleave)
+        (gradient,) = torch.autograd.grad(x.square().mean(), network.conv0.weight)
+        results.append((x.detach(), gradient))
+    for one, other in zip(*results, strict=True):
+        assert relative(one.numpy(), other.numpy()) < 1e-5
 
 
 def test_resumed_learner_makes_the_same_next_update(tmp_path):

@@ -10,13 +10,15 @@ import torch
 
 from model import Learner, Network
 from predictor import ExperienceQueue, Feed, predict, sample_actions
-from simulator import Books, Experience
+from simulator import Books, Segment
 from tests.games import Count
 
 
 def segment(*numbers):
-    state = np.ones((84, 84, 12), np.uint8)
-    return [Experience(state * n, n, n / 100, n * 2.0, n + 1000) for n in numbers]
+    """States numbered in the order in which they are trained on; frame n is full of n's."""
+    frames = np.stack([np.full((84, 84, 3), n, np.uint8) for n in (*numbers, 201, 202, 203)][::-1])
+    columns = [[n, n / 100, n * 2.0, n + 1000] for n in numbers]
+    return Segment(frames, *map(list, zip(*columns, strict=True)))
 
 
 def test_queue_keeps_order_and_cuts_batches():
@@ -28,7 +30,12 @@ def test_queue_keeps_order_and_cuts_batches():
             assert queue.put(segment(*(next(numbers) for _ in range(length))))
         batch, versions = queue.get(timeout=1)
         seen += batch.actions.tolist()
-        np.testing.assert_array_equal(batch.states[:, 3, 3, 7].numpy(), batch.actions.numpy())
+        states, numbers_of = batch.states()[..., 3, 3, 1].tolist(), batch.actions.tolist()
+        assert [state[3] for state in states] == numbers_of
+        for state, number in zip(states, numbers_of, strict=True):
+            # Segments are (1, 2, 3), (4,), (5, 6, 7), ...; before a segment's oldest: 201 to 203.
+            end = number if number % 4 == 0 else number + 3 - number % 4
+            assert state[::-1] == [*range(number, end + 1), 201, 202, 203][:4]
         np.testing.assert_allclose(batch.action_probs.numpy(), batch.actions.numpy() / 100)
         np.testing.assert_allclose(batch.future_rewards.numpy(), batch.actions.numpy() * 2)
         np.testing.assert_array_equal(versions, batch.actions.numpy() + 1000)
@@ -66,7 +73,7 @@ def test_the_batch_in_training_is_not_overwritten():
         if len(queue) < queue.size:
             queue.put(segment(*range(start, start + 4)))
     assert len(queue) == 8  # as full as it can be
-    assert batch.states[:, 0, 0, 0].tolist() == batch.actions.tolist() == [1, 2, 3, 4]
+    assert batch.states()[:, 3, 0, 0, 0].tolist() == batch.actions.tolist() == [1, 2, 3, 4]
 
 
 def test_get_waits_no_longer_than_it_should():
@@ -88,7 +95,7 @@ def test_sampled_actions_follow_the_policy():
 
 def test_prediction():
     network = Network("a3c", 5)
-    states = torch.randint(0, 256, (3, 84, 84, 12), dtype=torch.uint8)
+    states = torch.randint(0, 256, (3, 4, 84, 84, 3), dtype=torch.uint8)
     policy, value = predict(network, states)
     logits, expected = network(states)
     np.testing.assert_allclose(policy, logits.softmax(1).detach().numpy(), rtol=1e-5)
@@ -117,7 +124,7 @@ def watch(feed):
     segments, put = [], feed.queue.put
 
     def record(segment):
-        segments.append([e._replace(state=e.state.copy()) for e in segment])
+        segments.append(segment._replace(frames=segment.frames.copy()))
         return put(segment)
 
     feed.queue.put = record
@@ -146,18 +153,19 @@ def check_transitions(segments):
     """Every transition on its own; returns how many there were, and the episodes of each game."""
     checked = 0
     episodes_of = {}
-    for s in segments:
-        following = None
-        for i, (state, action, prob, future_reward, _) in enumerate(s):
-            game, episode, code = (int(x) for x in state[0, 0, 9:])
+    for frames, *columns in segments:
+        following = later = None
+        for i, (action, prob, future_reward, _) in enumerate(zip(*columns, strict=True)):
+            *past, (game, episode, code) = frames[
+                len(frames) - 4 - i : len(frames) - i, 0, 0
+            ].tolist()
             step = code // 10
             # The stack: frames of this very episode, zeros before its start.
-            for back in range(1, 4):
-                past = state[50, 50, 9 - 3 * back : 12 - 3 * back].tolist()
+            for back, pixel in enumerate(past[::-1], 1):
                 if step >= back:
-                    assert past[:2] == [game, episode] and past[2] // 10 == step - back
+                    assert pixel[:2] == [game, episode] and pixel[2] // 10 == step - back
                 else:
-                    assert past == [0, 0, 0]
+                    assert pixel == [0, 0, 0]
             reward = Count.reward(step, int(action))
             if following is None:
                 ends = [reward, reward + 0.5 * 0.25]  # the episode's end, or the value 1/4
@@ -165,10 +173,10 @@ def check_transitions(segments):
             else:
                 # The next frame carries the action that led to it, and it is the action trained on.
                 assert following == (game, episode, step + 1, int(action))
-                expected = reward + 0.5 * s[i - 1].future_reward
+                expected = reward + 0.5 * later
                 assert future_reward == pytest.approx(expected, abs=1e-6)
             assert prob == pytest.approx(0.25)
-            following = (game, episode, step, code % 10)
+            following, later = (game, episode, step, code % 10), future_reward
             episodes_of.setdefault(game, set()).add(episode)
             checked += 1
     return checked, episodes_of
@@ -202,9 +210,9 @@ def test_a_prediction_uses_one_version_and_says_which(monkeypatch):
     set_version(0)
     decide, seen = Books.decide, []
 
-    def record(books, place, actions, probs, values, version):
-        seen.append((set(np.asarray(values).tolist()), version))
-        decide(books, place, actions, probs, values, version)
+    def record(books, actions, probs, values, version):
+        seen.append((set(values), version))
+        decide(books, actions, probs, values, version)
 
     monkeypatch.setattr(Books, "decide", record)
     feed = make_feed(network)
@@ -221,11 +229,12 @@ def test_a_prediction_uses_one_version_and_says_which(monkeypatch):
         feed.close()
     assert version >= 300 and len(seen) >= 300
     assert all(values == {float(version)} for values, version in seen)
-    for s in segments:
-        for e in s:
-            favourite = np.exp(e.version / 100)
-            prob = (favourite if e.action == 3 else 1) / (3 + favourite)
-            assert e.action_prob == pytest.approx(prob, rel=1e-4)
+    for segment in segments:
+        columns = segment.actions, segment.action_probs, segment.versions
+        for action, action_prob, version in zip(*columns, strict=True):
+            favourite = np.exp(version / 100)
+            prob = (favourite if action == 3 else 1) / (3 + favourite)
+            assert action_prob == pytest.approx(prob, rel=1e-4)
 
 
 def test_what_breaks_a_predictor_reaches_the_trainer():

@@ -15,15 +15,16 @@ import torch
 
 from model import Batch, Learner, Network, load
 from tests.test_faults import gone
-from tests.test_train_atari import CATCH, ROOT, TINY, command, run, simulators
+from tests.test_train_atari import CATCH, ROOT, TINY, command, processes, run
 
 
 def random_batch(seed, size):
     rng = torch.Generator().manual_seed(seed)
-    states = torch.randint(0, 256, (size, 84, 84, 12), dtype=torch.uint8, generator=rng)
+    frames = torch.randint(0, 256, (4 * size, 84, 84, 3), dtype=torch.uint8, generator=rng)
+    newest = torch.arange(3, 4 * size, 4)
     actions = torch.randint(0, 4, (size,), generator=rng)
     probs, rewards = torch.rand(2, size, generator=rng)
-    return Batch(states, actions, probs * 0.9 + 0.1, rewards * 4 - 2)
+    return Batch(frames, newest, actions, probs * 0.9 + 0.1, rewards * 4 - 2)
 
 
 def as_rank(rank, path):
@@ -56,6 +57,7 @@ def test_two_ranks_make_the_update_of_one_with_both_batches(tmp_path):
             learner = Learner(Network(kind, 4), torch.device("cpu"), 1e-3, threads=1)
         for step in range(3):
             pair = [random_batch(10 * step + rank, 16) for rank in (0, 1)]
+            pair[1] = pair[1]._replace(newest=pair[1].newest + len(pair[0].frames))
             both = Batch(*(torch.cat(column) for column in zip(*pair, strict=True)))
             metrics = learner.update(both, 1e-3, 0.01, (0.5,))
         expected = torch.cat([p.detach().reshape(-1) for p in learner.parameters])
@@ -122,9 +124,9 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
         while not re.search(r"epoch 1 \d+/6000", line):
             line = process.stdout.readline()
             assert line, process.stderr.read()
-        ranks = [pid for pid in simulators(tmp_path / "run") if pid != process.pid]
+        ranks = [pid for pid in processes(tmp_path / "run") if pid != process.pid]
         assert len(ranks) == 2
-        pids = ranks + simulators(sockets)
+        pids = ranks + processes(sockets)
         begin = time.monotonic()
         if victim == "rank 1":
             numbers = [Path(f"/proc/{pid}/environ").read_bytes() for pid in ranks]
@@ -154,7 +156,7 @@ def test_an_interrupt_while_ranks_start(tmp_path, seconds):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(program, cwd=ROOT, **streams)
     time.sleep(seconds)
-    ranks = simulators(tmp_path / "run")
+    ranks = processes(tmp_path / "run")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and gone(ranks)

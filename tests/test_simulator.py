@@ -20,47 +20,54 @@ from simulator import FRAME_BYTES, Books, Fleet, Master, Message, VectorPlayers,
 NSTEP = json.loads((Path(__file__).parent / "golden" / "nstep.json").read_text())
 
 
-def message(place, frame, reward=0.0, is_over=False):
+def message(frame, reward=0.0, is_over=False):
     frames = np.full((1, 84, 84, 3), frame, np.uint8)
-    return Message(b"", False, place, frames, [reward], [is_over], [])
+    return Message(b"", False, 0, frames, [reward], [is_over], [])
 
 
 def test_books_replay_the_originals_master():
     """Every event of a scripted run: what it emits, in which order, with which return."""
-    books = Books(2, 1, NSTEP["local_time_max"], NSTEP["gamma"])
+    books = [Books(1, NSTEP["local_time_max"], NSTEP["gamma"]) for _ in range(2)]
     emitted = 0
     for number, event in enumerate(NSTEP["events"]):
         player, state = int(event["client"][-1]), str(event["state"])
-        segments = books.observe(message(player, event["state"], event["reward"], event["isOver"]))
-        done = [experience for segment in segments for experience in segment]
-        # The versions given below: number of the event in which the state arrived.
-        ages = [NSTEP["events"][e.version]["state"] for e in done]
-        assert ages == [e.state[0, 0, 11] for e in done]
-        actual = [(e.state[5, 5, 9], e.action, e.action_prob, e.future_reward) for e in done]
+        arrived = message(event["state"], event["reward"], event["isOver"])
+        done = []
+        for frames, *columns in books[player].settle(arrived):
+            # The versions given below: number of the event in which the state arrived.
+            ages = [NSTEP["events"][version]["state"] for version in columns[-1]]
+            states = [int(frame[5, 5, 1]) for frame in frames[:2:-1]]
+            assert ages == states and len(frames) == len(states) + 3
+            done += zip(states, *columns[:3], strict=True)
         expected = [(e["state"], e["action"], e["prob"], e["R"]) for e in event["emitted"]]
-        assert len(actual) == len(expected)
+        assert len(done) == len(expected)
         if expected:
-            np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose(done, expected, rtol=1e-6, atol=1e-9)
         emitted += len(expected)
+        books[player].observe(arrived)
         action, policy = NSTEP["action"][state], NSTEP["policy"][state]
-        books.decide(player, [action], [policy[action]], [NSTEP["value"][state]], version=number)
-        assert len(books.steps[player]) == event["memory_len_after"]
+        books[player].decide([action], [policy[action]], [NSTEP["value"][state]], version=number)
+        assert books[player].counts == [event["memory_len_after"]]
     assert emitted == len(NSTEP["emitted_all"]) > 30
 
 
 def test_books_stack_frames_of_one_episode_only():
-    books = Books(1, 1, 5, 0.99)
+    books = Books(1, 5, 0.99)
 
     def observe(frame, is_over=False):
-        books.observe(message(0, frame, is_over=is_over))
-        books.decide(0, [0], [1.0], [0.0], 0)
-        return books.newest_states(0)[0][40, 40, ::3].tolist()
+        arrived = message(frame, is_over=is_over)
+        list(books.settle(arrived))
+        state = books.observe(arrived)[0, :, 40, 40, 2].tolist()
+        books.decide([0], [1.0], [0.0], 0)
+        return state
 
     assert observe(1, is_over=True) == [0, 0, 0, 1]  # is_over of a first message is ignored
     assert [observe(frame) for frame in (2, 3)] == [[0, 0, 1, 2], [0, 1, 2, 3]]
     assert [observe(frame) for frame in (4, 5)] == [[1, 2, 3, 4], [2, 3, 4, 5]]
     assert observe(6, is_over=True) == [0, 0, 0, 6]
     assert observe(7) == [0, 0, 6, 7]
+    for frame in range(8, 100):  # around the memory of frames several times
+        assert observe(frame)[-3:] == [frame - 2, frame - 1, frame]
 
 
 @pytest.fixture
@@ -152,10 +159,6 @@ def test_simulators_never_import_torch():
     assert done.stdout == "False\n"
 
 
-def alive(process):
-    return process.poll() is None
-
-
 def test_fleet_is_private_and_leaves_nothing():
     fleet = Fleet("tests.games:Catch-v0", 3, players=2, groups=2, seed=0)
     directory = Path(fleet.directory)
@@ -166,18 +169,22 @@ def test_fleet_is_private_and_leaves_nothing():
         while len(messages) < 3 and time.monotonic() < deadline:
             for master in fleet.masters:
                 messages += master.receive(10, timeout_ms=50)
-        assert sorted(m.identity for m in messages) == [b"simulator-%d.1" % i for i in range(3)]
+        assert sorted(m.identity for m in messages) == [
+            b"simulator-%d.%d" % (i, i) for i in range(3)
+        ]
         assert {len(m.frames) for m in messages} == {2}
         # Only new frames cross the process boundary.
         assert all(m.frames.nbytes == len(m.rewards) * 84 * 84 * 3 for m in messages)
         assert fleet.connected == 3
         assert fleet.check() == []
-        names = [Path(f"/proc/{p.pid}/maps").read_text() for p in fleet.processes]
+        pids = [pid for (pid,) in fleet.lives.values()]
+        assert len(pids) == 3
+        names = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
         assert not any("torch" in maps for maps in names)
     finally:
         fleet.close()
     assert not directory.exists()
-    assert not any(alive(process) for process in fleet.processes)
+    assert not any(running(pid) for pid in (*pids, fleet.nursery.pid))
 
 
 def test_a_signal_in_a_clean_up_waits_for_its_end():
@@ -193,10 +200,12 @@ def test_a_signal_in_a_clean_up_waits_for_its_end():
 def test_simulators_end_when_their_parent_is_killed():
     code = "import simulator, time; f = simulator.Fleet('tests.games:Catch-v0', 2, 1, 1, 0)\n"
     code += "while f.connected < 2: f.masters[0].receive(1, 100)\n"
-    code += "print(f.directory, *(p.pid for p in f.processes), flush=True); time.sleep(60)"
+    code += "f.check(); pids = [pid for pid, in f.lives.values()]\n"
+    code += "print(f.directory, f.nursery.pid, *pids, flush=True); time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     directory, *pids = parent.stdout.readline().split()
-    assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert len(pids) == 3 and all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    os.kill(int(pids[1]), signal.SIGSTOP)  # also one that could not notice
     parent.kill()
     parent.wait()
     deadline = time.monotonic() + 3

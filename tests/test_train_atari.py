@@ -1,5 +1,6 @@
 """The program as its users run it, with tiny numbers."""
 
+import contextlib
 import json
 import os
 import re
@@ -150,7 +151,7 @@ def test_new_run_from_weights(trained, tmp_path):
     assert new.kind == old.kind == "a3c"
 
 
-def simulators(directory):
+def processes(directory):
     """Processes whose command line names something in `directory`."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
@@ -160,6 +161,19 @@ def simulators(directory):
         except OSError:
             continue
     return found
+
+
+def simulators(directory):
+    """Those of them that another one has forked."""
+    found = processes(directory)
+    parents = {pid: re.search(r"PPid:\s(\d+)", status(pid)) for pid in found}
+    return [pid for pid in found if parents[pid] and int(parents[pid][1]) in found]
+
+
+def status(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/status").read_text()
+    return ""
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -185,7 +199,7 @@ def test_a_signal_saves_and_leaves_nothing(tmp_path, signum, code):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert errors.count("\n") == 1 and f"stopped by {signum.name}" in errors
-    assert not simulators(sockets) and not list(sockets.glob("batch-a3c-*"))
+    assert not processes(sockets) and not list(sockets.glob("batch-a3c-*"))
     steps = load(str(tmp_path / "run" / "checkpoint.pt"))[1]["at"]["global_step"]
     assert steps > 0
     # The run goes on in the middle of its epoch.
@@ -205,7 +219,7 @@ def test_an_error_in_a_simulator_ends_the_run(tmp_path):
     assert done.returncode == 1
     assert re.search(r"simulator \d+ ended with code 1.*the game broke\n$", done.stderr)
     assert done.stderr.count("\n") == 1
-    assert not simulators(sockets) and not list(sockets.glob("batch-a3c-*"))
+    assert not processes(sockets) and not list(sockets.glob("batch-a3c-*"))
 
 
 @pytest.mark.parametrize(
