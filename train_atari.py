@@ -49,6 +49,7 @@ from simulator import SIGNALS, VectorPlayers, end, end_with_parent, on_signals, 
 
 EVAL_EPOCH = 3  # epochs from one evaluation to the next
 CPU_PREDICTORS = 4  # at most, one per two cores: Python runs one thread at a time
+CPU_BATCH = 16  # two messages of eight players
 CPU_PLAYERS = 32  # in all: in two processes per core, so that one plays while the other waits
 EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 CHECKPOINT_SECONDS = 300
@@ -115,7 +116,7 @@ LEARNING = (
 SPEED = (
     ("SIMULATOR_PROC", count, 50, "simulator processes; on a CPU 2 per core"),
     ("PLAYERS_PER_SIMULATOR", count, 1, f"on a CPU so many that all are {CPU_PLAYERS}"),
-    ("PREDICT_BATCH_SIZE", count, 15, "most states in one prediction"),
+    ("PREDICT_BATCH_SIZE", count, 15, f"most states in one prediction; on a CPU {CPU_BATCH}"),
     ("PREDICTOR_THREAD_PER_GPU", count, 3, f"on a CPU 1 per 2 cores, {CPU_PREDICTORS} at most"),
     ("QUEUE_SIZE", count, 128, "states that may wait for the trainer; default: a batch"),
 )
@@ -238,6 +239,7 @@ def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
     chosen = chosen | {"simulator_proc": simulators}
     if on_cpu:
         table["players_per_simulator"] = max(1, CPU_PLAYERS // simulators)
+        table["predict_batch_size"] = CPU_BATCH
         table["predictor_thread_per_gpu"] = min(-(-cores // 2), CPU_PREDICTORS)
     o = argparse.Namespace(**({"listen": None, "key": None} | table | chosen))
     players = simulators * o.players_per_simulator

@@ -16,9 +16,11 @@ core-us is microseconds of one core, for one state.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
+import multiprocessing
 import os
-import subprocess
+import random
 import sys
 import tempfile
 import threading
@@ -32,21 +34,11 @@ sys.path.insert(0, str(ROOT))
 
 from tabulate import tabulate  # noqa: E402
 
-from common import count_cores  # noqa: E402
+import model  # noqa: E402
+import predictor  # noqa: E402
+from common import Player, count_cores, make_env  # noqa: E402
 from train_atari import complete, count_actions, make_parser  # noqa: E402
 
-PLAYER = """
-import sys, time
-from common import Player, make_env
-player = Player(make_env(sys.argv[1]))
-rng, frame = __import__("random").Random(0), player.reset(seed=0)
-end, steps = time.perf_counter() + float(sys.argv[2]), 0
-while time.perf_counter() < end:
-    if player.step(rng.randrange(player.num_actions))[2]:
-        player.reset()
-    steps += 1
-print(steps, time.process_time())
-"""
 RECORDED = "tests.games:Recorded-v0"
 CORES = count_cores()
 
@@ -63,16 +55,6 @@ def tree_seconds(pid: int) -> float:
     return 0.0
 
 
-def players_alone(env_id: str, processes: int, seconds: float) -> float:
-    """Steps per second of bare players, a process each."""
-    command = [sys.executable, "-c", PLAYER, env_id, str(seconds)]
-    started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True)
-        for _ in range(processes)
-    ]
-    return sum(int(p.communicate()[0].split()[0]) for p in started) / seconds
-
-
 def rate(work, states: int, seconds: float) -> float:
     """States per second of a function that handles `states` of them, on one thread."""
     work()
@@ -83,25 +65,68 @@ def rate(work, states: int, seconds: float) -> float:
     return count / (time.perf_counter() - start)
 
 
-def parts_alone(o, env_id: str, seconds: float) -> dict[str, float]:
-    """States per second of each part on one idle core, and the bound for all cores together."""
+def player_rate(o, env_id: str, seconds: float) -> float:
+    """Steps per second of a bare player."""
+    player, rng = Player(make_env(env_id)), random.Random(0)
+    player.reset(seed=0)
+
+    def step():
+        if player.step(rng.randrange(player.num_actions))[2]:
+            player.reset()
+
+    return rate(step, 1, seconds)
+
+
+def forward_rate(o, env_id: str, seconds: float) -> float:
+    """Predictions per second on one thread."""
     import torch
 
-    from model import FRAME_SHAPE, Batch, Learner, Network
-
     torch.set_num_threads(1)
-    network = Network(o.network, count_actions(env_id))
-    frames = torch.randint(0, 256, (4 * o.batch_size, *FRAME_SHAPE), dtype=torch.uint8)
-    ones = torch.ones(o.batch_size)
-    batch = Batch(frames, torch.arange(3, 4 * o.batch_size, 4), ones.long(), ones, ones)
-    states = batch.states()
-    learner = Learner(network, torch.device("cpu"), 1e-3, threads=1)
-    result = {"player": players_alone(env_id, 1, seconds)}
+    network = model.Network(o.network, count_actions(env_id))
+    size = (o.predict_batch_size, *model.STATE_SHAPE)
+    states = torch.randint(0, 256, size, dtype=torch.uint8)
     with torch.inference_mode():
-        part = states[: o.predict_batch_size]
-        result["forward"] = rate(lambda: network(part), len(part), seconds)
-    result["train"] = rate(lambda: learner.update(batch, 1e-4, 0.01), o.batch_size, seconds)
-    result["bound"] = CORES / sum(1 / states_per_s for states_per_s in result.values())
+        return rate(lambda: network(states), len(states), seconds)
+
+
+def train_rate(o, env_id: str, seconds: float) -> float:
+    """States per second of updates on one thread."""
+    import torch
+
+    frames = torch.randint(0, 256, (4 * o.batch_size, *model.FRAME_SHAPE), dtype=torch.uint8)
+    ones = torch.ones(o.batch_size)
+    batch = model.Batch(frames, torch.arange(3, 4 * o.batch_size, 4), ones.long(), ones, ones)
+    network = model.Network(o.network, count_actions(env_id))
+    learner = model.Learner(network, torch.device("cpu"), 1e-3, threads=1)
+    return rate(lambda: learner.update(batch, 1e-4, 0.01), o.batch_size, seconds)
+
+
+PARTS = {"player": player_rate, "forward": forward_rate, "train": train_rate}
+
+
+def alone(part: str, o, env_id: str, seconds: float, processes: int = 1) -> float:
+    """States per second of one part in each of so many processes at once: their mean."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, spawn) as pool:
+        # A first short time, so that all of them have started when they are measured.
+        for time_of_each in (0.5, seconds):
+            work = [(o, env_id, time_of_each)] * processes
+            rates = list(pool.map(PARTS[part], *zip(*work, strict=True)))
+    return float(np.mean(rates))
+
+
+def parts_alone(o, env_id: str, seconds: float) -> dict[str, float]:
+    """States per second of each part on one core, and the bounds that they imply for all cores.
+
+    Once with the other cores idle, once with the same on each of them: cores share memory and
+    caches, and are often halves of one.
+    """
+    result = {}
+    for processes, others in ((1, ""), (CORES, " (all busy)")):
+        rates = {part: alone(part, o, env_id, seconds, processes) for part in PARTS}
+        result |= {part + others: states_per_s for part, states_per_s in rates.items()}
+        bound = CORES / sum(1 / states_per_s for states_per_s in rates.values())
+        result["bound" + others] = bound
     return result
 
 
@@ -171,12 +196,10 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
     """
     import torch
 
-    import predictor
-    from model import Learner, Network
-
     num_actions = count_actions(env_id)
     if gpu_ms is None:
-        learner = Learner(Network(o.network, num_actions), torch.device("cpu"), 1e-3, CORES)
+        network = model.Network(o.network, num_actions)
+        learner = model.Learner(network, torch.device("cpu"), 1e-3, CORES)
     else:
         gpu = threading.Lock()
         learner = Waiter(Instant(num_actions, gpu_ms[0], gpu), gpu_ms[1] if train else 0, gpu)
@@ -256,9 +279,7 @@ def show(title: str, figures: dict) -> None:
 def limits(args, o, env_id: str) -> None:
     """Each part alone."""
     one = median([parts_alone(o, env_id, args.seconds) for _ in range(args.repeat)])
-    runs = [players_alone(env_id, CORES, args.seconds) for _ in range(args.repeat)]
-    one[f"players on {CORES} cores"] = float(np.median(runs))
-    show(f"{env_id}, {o.network}: states/s on one core, bound for {CORES}", one)
+    show(f"{env_id}, {o.network}: states/s on one core, bounds for {CORES}", one)
 
 
 def pipeline(args, o, env_id: str) -> None:
@@ -266,7 +287,7 @@ def pipeline(args, o, env_id: str) -> None:
     for game in (env_id, RECORDED):
         rows = []
         for _ in range(args.repeat):
-            row = {"players alone/s": players_alone(game, CORES, args.seconds)}
+            row = {"players alone/s": CORES * alone("player", o, game, args.seconds, CORES)}
             row |= feed_and_train(o, game, args.seconds, args.simulate_gpu or (0, 0), train=False)
             row["share of players alone"] = row["states/s"] / row["players alone/s"]
             bare = 1e6 * CORES / row["players alone/s"]
@@ -280,10 +301,11 @@ def train(args, o, env_id: str) -> None:
     """End to end."""
     rows = []
     for _ in range(args.repeat):
-        row = {} if args.simulate_gpu else parts_alone(o, env_id, args.seconds / 4)
+        row = {} if args.simulate_gpu else parts_alone(o, env_id, args.seconds / 6)
         row |= feed_and_train(o, env_id, args.seconds, args.simulate_gpu, train=True)
         if "bound" in row:
             row["share of the bound"] = row["states/s"] / row["bound"]
+            row["share (all busy)"] = row["states/s"] / row["bound (all busy)"]
         rows.append(row)
     show(f"train, {env_id}, {'simulated GPU' if args.simulate_gpu else o.network}", median(rows))
 
@@ -320,11 +342,11 @@ def ranks(args, o, env_id: str) -> None:
 
 def capacity(args, o, env_id: str) -> None:
     """What machines should reach."""
-    alone = median([parts_alone(o, env_id, args.seconds) for _ in range(args.repeat)])
+    parts = median([parts_alone(o, env_id, args.seconds) for _ in range(args.repeat)])
     runs = [feed_and_train(o, env_id, args.seconds, (0, 0), False) for _ in range(args.repeat)]
     flow = median(runs)
     main, simulators = flow["core-us main"] / 1e6, flow["core-us simulators"] / 1e6
-    network = 1 / alone["forward"] + 1 / alone["train"]
+    network = 1 / parts["forward (all busy)"] + 1 / parts["train (all busy)"]
     rows = []
     for cores in (2, 4, 8, 16, 32, 64):
         rows.append((cores, "-", cores / (main + simulators + network), "cores"))
