@@ -144,11 +144,11 @@ def join(socket: zmq.Socket, key: list[bytes]) -> zmq.Socket:
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | failures)
 
 
-def simulate(a: argparse.Namespace, identity: str, address: str) -> None:
+def simulate(a: argparse.Namespace, envs: list, identity: str, address: str) -> None:
     """Play until standard input is closed, or until a run on another machine is lost."""
     threading.Thread(target=end_with_parent, args=(os._exit, 0), daemon=True).start()
     num_players, monitor = a.players, None
-    players = [Player(make_env(a.env, a.window)) for _ in range(num_players)]
+    players = [Player(env or make_env(a.env, window=True)) for env in envs]
     seeds = np.random.SeedSequence((a.seed, *identity.encode())).generate_state(num_players)
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity.encode())
@@ -176,13 +176,15 @@ def simulate(a: argparse.Namespace, identity: str, address: str) -> None:
 
 
 class Nursery:
-    """Forks simulators from a process that has imported all they need: they start at once.
+    """Forks simulators from a process that has loaded all they need: they start at once.
 
     They end with it, however it ends: their standard input is a pipe that it holds open.
     """
 
     def __init__(self, a: argparse.Namespace):
         self.a, self.life = a, os.pipe()
+        # A window belongs to the process that opens it.
+        self.envs = [None if a.window else make_env(a.env) for _ in range(a.players)]
         self.children: dict[int, str] = {}  # identities by process
         gc.freeze()  # what is there stays shared memory
 
@@ -203,7 +205,7 @@ class Nursery:
                 output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
                 os.dup2(output, 1)
                 os.dup2(output, 2)
-            code = run(self.a, lambda: simulate(self.a, identity, address))
+            code = run(self.a, lambda: simulate(self.a, self.envs, identity, address))
         except BaseException:
             traceback.print_exc()
             code = 1
@@ -253,7 +255,6 @@ def join_run(a: argparse.Namespace) -> None:
     if a.key is None:
         raise UserError("--key FILE is needed to join a run", 2)
     read_key(a.key)
-    make_env(a.env).close()
     with contextlib.closing(Nursery(a)) as nursery:
         while True:
             list(nursery.reap())
@@ -567,7 +568,7 @@ class Fleet:
         """
         self.hear()
         if (code := self.nursery.poll()) is not None:
-            how = f"the parent of the simulators {self.last_words('log', code)}"
+            how = f"the parent of all simulators {self.last_words('log', code)}"
             if code not in KILLED:
                 raise UserError(how)
             self.end()
