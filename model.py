@@ -183,8 +183,8 @@ class Learner:
         batch_size = len(batch.actions)
         batch = batch.to(self.device)
         copied = torch.cuda.current_stream().record_event() if self.cuda else None
+        extra = torch.tensor(extra, dtype=torch.float32, device=self.device)  # waits for the GPU
         terms, gradients = self.gradients(batch, entropy_beta)
-        extra = torch.tensor(extra, dtype=torch.float32, device=self.device)
         if self.ranks > 1:
             terms, extra, *gradients = self.mean_of_ranks([terms, extra, *gradients])
         norm = clip_gradients(gradients)

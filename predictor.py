@@ -39,11 +39,11 @@ class ExperienceQueue:
         self.batch_size, self.size = batch_size, size
 
         def empty_batch() -> Batch:
-            shape = (FRAME_HISTORY * batch_size, *FRAME_SHAPE)  # if no two states share a frame
-            frames = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-            return Batch(
-                frames, *torch.zeros(2, batch_size, dtype=torch.int64), *torch.zeros(2, batch_size)
-            )
+            frames = (FRAME_HISTORY * batch_size, *FRAME_SHAPE)  # if no two states share one
+            shapes = (frames, *4 * [(batch_size,)])
+            dtypes = (torch.uint8, *2 * [torch.int64], *2 * [torch.float32])
+            columns = zip(shapes, dtypes, strict=True)
+            return Batch(*(torch.empty(s, dtype=d, pin_memory=pinned) for s, d in columns))
 
         # What waits (size, and the rest of a segment that was let in last), and what is trained on.
         self.batches = [empty_batch() for _ in range(-(-size // batch_size) + 2)]
@@ -233,7 +233,7 @@ class Feed:
         dropped = sum(master.dropped for master in self.masters)
         if dropped and not self.dropped:
             events.append("messages of others, or for another number of players, are dropped")
-        joined = sum(len(m.connected) for m in self.masters if m.is_open)
+        joined = sum(master.joined for master in self.masters)
         if joined > self.joined:
             events.append(f"{joined - self.joined} simulators have joined")
         self.dropped, self.joined = dropped, joined

@@ -100,13 +100,20 @@ def end_with_parent(way: Callable, *args) -> None:
 def end(processes: list[subprocess.Popen], seconds: float) -> None:
     """Close the pipes that these lives hang on, and kill whatever has not ended in time."""
     for process in processes:
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            process.stdin.close()
     deadline = time.monotonic() + seconds
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
         process.kill()
         process.wait()
+
+
+def kill(pid: int) -> None:
+    """Kill a process, if it is there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def read_key(path: str) -> list[bytes]:
@@ -148,8 +155,9 @@ def simulate(a: argparse.Namespace, envs: list, identity: str, address: str) -> 
     """Play until standard input is closed, or until a run on another machine is lost."""
     threading.Thread(target=end_with_parent, args=(os._exit, 0), daemon=True).start()
     num_players, monitor = a.players, None
-    players = [Player(env or make_env(a.env, window=True)) for env in envs]
+    players = [Player(env) for env in envs]
     seeds = np.random.SeedSequence((a.seed, *identity.encode())).generate_state(num_players)
+    np.random.seed(seeds)  # noqa: NPY002 - a game may use it, and forks have the same
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity.encode())
     socket.set_hwm(HIGH_WATER_MARK)
@@ -183,8 +191,7 @@ class Nursery:
 
     def __init__(self, a: argparse.Namespace):
         self.a, self.life = a, os.pipe()
-        # A window belongs to the process that opens it.
-        self.envs = [None if a.window else make_env(a.env) for _ in range(a.players)]
+        self.envs = [make_env(a.env) for _ in range(a.players)]
         self.children: dict[int, str] = {}  # identities by process
         gc.freeze()  # what is there stays shared memory
 
@@ -218,12 +225,14 @@ class Nursery:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 break
-            yield self.children.pop(pid), pid, os.waitstatus_to_exitcode(status)
+            if identity := self.children.pop(pid, None):
+                yield identity, pid, os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
         """End all of them."""
         for pid in self.children:
-            os.kill(pid, signal.SIGKILL)
+            kill(pid)
+        for pid in self.children:
             os.waitpid(pid, 0)
 
 
@@ -231,8 +240,11 @@ def serve_run(a: argparse.Namespace) -> None:
     """Start a simulator for each line `identity master log` of standard input, until it closes.
 
     Standard output says `identity process` of each that starts and `identity process code` of each
-    that ends.
+    that ends. A window belongs to the process that opens it: this one.
     """
+    if a.window:
+        identity, master, _ = sys.stdin.readline().split()
+        return simulate(a, [make_env(a.env, window=True)], identity, f"{a.connect}/{master}")
     nursery, lines = Nursery(a), b""
     with contextlib.closing(nursery), contextlib.suppress(BrokenPipeError):
         while True:
@@ -255,6 +267,10 @@ def join_run(a: argparse.Namespace) -> None:
     if a.key is None:
         raise UserError("--key FILE is needed to join a run", 2)
     read_key(a.key)
+    if min(a.players, a.simulator_proc) < 1:
+        raise UserError("--players and --simulator-proc are counts from 1", 2)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.connect(a.connect)  # is it an address?
     with contextlib.closing(Nursery(a)) as nursery:
         while True:
             list(nursery.reap())
@@ -286,10 +302,12 @@ class Master:
     def __init__(self, context: zmq.Context, address: str, simulators: int, players: int, key=None):
         self.address, self.players, self.is_open = address, players, key is not None
         self.places: dict[bytes, int] = {}
-        self.num_players = simulators * players
+        self.num_places, self.num_players = simulators, simulators * players
         self.connected: set[bytes] = set()
-        self.answered = [math.inf] * simulators  # since when each has had to play; inf: it sent
+        self.joined = 0  # simulators that an open master has given a place
+        self.answered: dict[bytes, float] = {}  # since when each has had to play; none: it sent
         self.drained = 0.0  # when the socket was last seen to be empty
+        self.clock, self.looked = 0.0, time.monotonic()  # stands still while this process does
         self.dropped = 0  # messages that no simulator of this master can have sent
         self.arrived: list[Message] = []  # and not been handed out
         self.socket = context.socket(zmq.ROUTER)
@@ -306,35 +324,45 @@ class Master:
 
     def admit(self, identity: bytes, place: int) -> None:
         """From now on `identity` has this place, and nobody else."""
-        self.answered[place] = time.monotonic()
+        self.connected.discard(identity)
+        self.answered[identity] = self.clock
         self.places = {i: p for i, p in self.places.items() if p != place} | {identity: place}
+
+    def silence(self, identity: bytes) -> float:
+        """Seconds that a simulator has had to play without sending anything."""
+        return self.drained - self.answered.get(identity, math.inf)
 
     def find_place(self, identity: bytes) -> int | None:
         """The place of a simulator; of one that is new to an open master, a vacant one."""
         place = self.places.get(identity)
         if place is None and self.is_open:
-            taken = set(self.places.values())
-            lost = [self.drained - answered > HANG_SECONDS for answered in self.answered]
-            vacant = [p for p, is_lost in enumerate(lost) if p not in taken or is_lost]
-            place = min(vacant, key=lambda p: p in taken, default=None)
+            lost = [p for i, p in self.places.items() if self.silence(i) > HANG_SECONDS]
+            vacant = set(range(self.num_places)) - set(self.places.values())
+            place = next(iter([*lost, *vacant]), None)
             if place is not None:
                 self.admit(identity, place)
+                self.joined += 1
         return place
 
     def receive(self, most: int, timeout_ms: int) -> list[Message]:
         """What has arrived, up to `most` players (one message at least); waits for the first."""
         if not self.arrived:
             self.socket.poll(timeout_ms)
+        now = time.monotonic()
+        self.clock, self.looked = self.clock + min(1.0, now - self.looked), now
         for _ in range(MOST_MESSAGES):
             try:
-                message = self.parse(self.socket.recv_multipart(zmq.NOBLOCK))
+                parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                self.drained = time.monotonic()
+                self.drained = self.clock
                 break
-            if message is None:
-                self.dropped += 1
-            else:
+            message = self.parse(parts)
+            if message is not None:
                 self.arrived.append(message)
+            elif parts[0] not in self.connected:  # not a late one of a simulator that was replaced
+                self.dropped += 1
+        # What a simulator has sent whose place another one has taken is of no use.
+        self.arrived = [m for m in self.arrived if self.places.get(m.identity) == m.place]
         count = max(1, most // self.players)
         messages, self.arrived = self.arrived[:count], self.arrived[count:]
         return messages
@@ -355,17 +383,17 @@ class Master:
         if not fits or len(pixels) != k * FRAME_BYTES or not math.isfinite(sum(rewards)):
             return None
         place = self.find_place(identity)
-        if place is None or self.answered[place] == math.inf:  # it does not wait for its answer
+        if place is None or self.answered.pop(identity, None) is None:  # it has not been answered
             return None
         is_first = identity not in self.connected
         self.connected.add(identity)
-        self.answered[place] = math.inf
         frames = np.frombuffer(pixels, np.uint8).reshape(k, *FRAME_SHAPE)
         return Message(identity, is_first, place, frames, rewards, is_over, finished)
 
     def reply(self, message: Message, actions: list[int]) -> None:
         """Send the actions (k,) of the players of `message`."""
-        self.answered[message.place] = time.monotonic()
+        if message.identity in self.places:
+            self.answered[message.identity] = self.clock
         self.socket.send(message.identity, zmq.SNDMORE)
         self.socket.send(msgpack.packb(actions))
 
@@ -479,7 +507,7 @@ class Fleet:
     ):
         sweep()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        need = 4 * simulators + 200  # a pipe and a socket for each, and some to spare
+        need = 4 * simulators + 200  # its socket, with some to spare
         if hard != resource.RLIM_INFINITY and need > hard:
             limit = f"ulimit -Hn is {hard}"
             raise UserError(f"{simulators} simulators need {need} open files; {limit}", 2)
@@ -497,6 +525,7 @@ class Fleet:
         self.command += ["--connect", IPC + self.directory]
         self.births = itertools.count()
         self.nursery: subprocess.Popen | None = None
+        self.exit_code: int | None = None  # of the process behind the simulators, if it has ended
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX)
             for group in range(groups):
@@ -547,10 +576,6 @@ class Fleet:
         """How many simulators have sent something."""
         return sum(map(self.is_connected, range(len(self.identities))))
 
-    def ended(self, index: int) -> int | None:
-        """The exit code of a simulator that has ended."""
-        return (*self.lives.get(self.identities[index], []), None, None)[1]
-
     def hear(self) -> None:
         """Take in what is said of the lives of simulators."""
         data = self.nursery.stdout.read() or b""
@@ -568,7 +593,8 @@ class Fleet:
         """
         self.hear()
         if (code := self.nursery.poll()) is not None:
-            how = f"the parent of all simulators {self.last_words('log', code)}"
+            how = f"the process behind the simulators {self.last_words('log', code)}"
+            self.exit_code = code
             if code not in KILLED:
                 raise UserError(how)
             self.end()
@@ -576,16 +602,16 @@ class Fleet:
             return [how]
         events = []
         for index, identity in enumerate(self.identities):
-            master, place = self.seat(index)
+            master, _ = self.seat(index)
             pid, code = (*self.lives.get(identity, []), None, None)[:2]
             patience = HANG_SECONDS if self.is_connected(index) else START_SECONDS
-            silence = master.drained - master.answered[place]
+            silence = master.silence(identity.encode())
             if code is None and silence <= patience:
                 continue
             if code is None:
                 how = f"was silent for {silence:.0f} seconds"
                 if pid is not None:
-                    os.kill(pid, signal.SIGKILL)
+                    kill(pid)
             else:
                 how = self.last_words(f"{index}.log", code)
             how = f"simulator {index} {how}"
@@ -602,7 +628,11 @@ class Fleet:
 
     def last_words(self, log: str, code: int) -> str:
         """How a process ended, and what it said."""
-        with open(f"{self.directory}/{log}", errors="replace") as file:
+        words = []
+        with (
+            contextlib.suppress(OSError),
+            open(f"{self.directory}/{log}", errors="replace") as file,
+        ):
             words = [line.strip() for line in file if line.strip()]
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         return f"{how}: {words[-1] if words else 'no message'}"
@@ -611,11 +641,11 @@ class Fleet:
         """End all simulators."""
         end([self.nursery], END_SECONDS)
         self.hear()
-        for pid, *code in self.lives.values():  # of a parent that was killed
-            if not code:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        for pid, *code in self.lives.values():
+            if self.nursery.returncode and not code:  # it was killed, and could not end them
+                kill(pid)
         self.nursery.stdout.close()
+        self.nursery = None
 
     def close(self) -> None:
         """End all simulators and remove the sockets; no thread may use the masters any more."""

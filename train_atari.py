@@ -42,14 +42,14 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import common
-from common import STATE_SHAPE, Recorder, UserError, count_cores, summary, write_file
+from common import FRAME_SHAPE, STATE_SHAPE, Recorder, UserError, count_cores, summary, write_file
 from simulator import SIGNALS, VectorPlayers, end, end_with_parent, on_signals, undisturbed
 
 # torch and the rooms that need it are imported where they are used: --help does not wait for them.
 
 EVAL_EPOCH = 3  # epochs from one evaluation to the next
 CPU_PREDICTORS = 4  # at most, one per two cores: Python runs one thread at a time
-CPU_BATCH = 16  # two messages of eight players
+CPU_BATCH = 16  # two messages of eight players, on two cores
 CPU_PLAYERS = 32  # in all: in two processes per core, so that one plays while the other waits
 EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 CHECKPOINT_SECONDS = 300
@@ -58,7 +58,7 @@ CHECK_STEPS = 500  # iterations after which several ranks compare their weights
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
 # Measured on both cores of a two-core server: states/s per core, everything together.
 STATES_PER_CORE = {"ba3c": 52, "a3c": 460}
-SIMULATOR_BYTES = 50e6
+SIMULATOR_BYTES, PLAYER_BYTES = 5e6, 1.5e6  # what simulators do not share, measured with Breakout
 
 RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz")
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "pyzmq", "msgpack")
@@ -247,8 +247,9 @@ def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
     o.predict_batch_size, o.queue_size = min(o.predict_batch_size, players), o.batch_size
     vars(o).update(chosen)  # what was asked for is refused below, not mended
     size, threads = o.predict_batch_size, o.predictor_thread_per_gpu
-    states = players * (o.local_time_max + 2) + o.queue_size + 2 * o.batch_size + size
-    need = states * math.prod(STATE_SHAPE) + o.simulator_proc * SIMULATOR_BYTES
+    frames = 3 * players * (o.local_time_max + 3)  # of the books; of the queue: four for a state
+    frames += 4 * (o.queue_size + 3 * o.batch_size + size)
+    need = frames * math.prod(FRAME_SHAPE) + simulators * SIMULATOR_BYTES + players * PLAYER_BYTES
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     waiting = f"a queue of {o.queue_size} states can never fill a batch of {o.batch_size}"
     for wrong, sentence in (
@@ -714,7 +715,7 @@ def task_play(given: dict) -> None:
     try:
         watch(players, network, count, seed, lambda episodes: None)
     except UserError as error:
-        if players.ended(0) != 0:  # 0: the window was closed
+        if players.exit_code != 0:  # 0: the window was closed
             raise UserError(f"{error}; --output DIR writes videos instead") from error
 
 

@@ -162,7 +162,7 @@ def test_a_simulator_that_cannot_start_ends_the_run(tmp_path):
     done = run(*args, "--output", tmp_path / "run", timeout=60)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert re.search(r"the parent of all simulators ended with code 2: no game .*no ROM", line)
+    assert re.search(r"the process behind the simulators ended with code 2: no game .*no ROM", line)
 
 
 @pytest.mark.parametrize("groups", [2, 1])

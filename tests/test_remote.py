@@ -118,3 +118,21 @@ def test_a_simulator_without_a_key_does_not_start(tmp_path):
         program += ["--env", "Pong-v0", *extra]
         done = subprocess.run(program, capture_output=True, text=True)
         assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (("--connect", "nonsense"), "nonsense: Invalid argument"),
+        (("--connect", "tcp://127.0.0.1:1", "--players", "0"), "counts from 1"),
+        (("--connect", "tcp://127.0.0.1:1", "--simulator-proc", "-1"), "counts from 1"),
+        (("--connect", "tcp://127.0.0.1:1", "--env", "Pongg-v0"), "nearest names: Pong-v0"),
+    ],
+)
+def test_what_helpers_cannot_do_is_said_once(tmp_path, args, text):
+    (tmp_path / "key").write_bytes(b"\n".join(zmq.curve_keypair()))
+    program = [sys.executable, str(ROOT / "simulator.py"), "--env", "Pong-v0", *args]
+    done = subprocess.run(
+        [*program, "--key", str(tmp_path / "key")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1

@@ -98,6 +98,40 @@ def test_a_good_message(master):
 PIXELS = bytes(2 * FRAME_BYTES)
 
 
+def test_one_message_at_a_time(master):
+    parts = [b"simulator-0", header(), PIXELS]
+    assert master.parse(parts) is not None
+    assert master.parse(parts) is None  # it was not answered
+    other = [b"simulator-3", header(), PIXELS]
+    message = master.parse(other)
+    master.reply(message, [0, 0])
+    assert master.parse(other) is not None
+
+
+def test_what_a_simulator_sent_that_was_replaced_since_is_dropped(master):
+    master.arrived.append(master.parse([b"simulator-0", header(), PIXELS]))
+    master.admit(b"simulator-9", 0)
+    master.arrived.append(master.parse([b"simulator-9", header(), PIXELS]))
+    assert [m.identity for m in master.receive(10, 0)] == [b"simulator-9"]
+    assert master.parse([b"simulator-0", header(), PIXELS]) is None
+
+
+def test_who_comes_back_to_a_run_that_listens_is_new(tmp_path, monkeypatch):
+    monkeypatch.setattr("simulator.HANG_SECONDS", 3.0)
+    context = zmq.Context()
+    master = Master(context, f"ipc://{tmp_path}/0", 1, 2, [*zmq.curve_keypair()])
+    seen = []
+    for identity in (b"a", b"b", b"a"):
+        message = master.parse([identity, header(), PIXELS])
+        seen.append(message.is_first)
+        master.reply(message, [0, 0])
+        assert master.parse([b"c", header(), PIXELS]) is None  # no place
+        master.drained = master.clock = master.clock + 4.0  # and the one there is silent
+    assert seen == [True, True, True] and master.joined == 3
+    master.socket.close()
+    context.term()
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -161,7 +195,7 @@ def test_simulators_never_import_torch():
 
 def test_fleet_is_private_and_leaves_nothing():
     fleet = Fleet("tests.games:Catch-v0", 3, players=2, groups=2, seed=0)
-    directory = Path(fleet.directory)
+    directory, nursery = Path(fleet.directory), fleet.nursery.pid
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     try:
         deadline = time.monotonic() + 20
@@ -184,7 +218,7 @@ def test_fleet_is_private_and_leaves_nothing():
     finally:
         fleet.close()
     assert not directory.exists()
-    assert not any(running(pid) for pid in (*pids, fleet.nursery.pid))
+    assert not any(running(pid) for pid in (*pids, nursery))
 
 
 def test_a_signal_in_a_clean_up_waits_for_its_end():
