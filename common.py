@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -217,7 +218,9 @@ class Video:
         """Let the file take its place."""
         _, words = self.process.communicate()
         if self.process.returncode != 0:
-            raise OSError(f"no video {self.path}: {words.decode(errors='replace').strip()}")
+            code, lines = self.process.returncode, words.decode(errors="replace").splitlines()
+            reason = lines[0] if lines else f"the encoder ended with code {code}"
+            raise OSError(f"no video {self.path}: {reason}")
         os.replace(self.partial, self.path)
 
     def drop(self) -> None:
@@ -242,6 +245,7 @@ class Recorder:
         self.seed, self.path_of = seed, path_of
         self.video: Video | None = None
         self.finished: dict[int, Video] = {}  # by episode
+        self.replay: int | None = None  # the episode of replay.mp4
         self.times = [time.time()]  # of the first reset, and of the end of each episode
 
     def step(self, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -256,11 +260,11 @@ class Recorder:
         if self.video:
             self.video.write(self.player.screen)
         if is_over:
+            frame, now = self.player.reset(), time.time()  # an interrupt here drops the episode
             if self.video:
                 self.video.finish()
                 self.finished[episode], self.video = self.video, None
-            self.times.append(time.time())
-            frame = self.player.reset()
+            self.times.append(now)
         return frame[None], np.array([reward]), np.array([is_over])
 
     def close(self) -> None:
@@ -310,31 +314,28 @@ def write_submission(directory, env_id, recorder, episodes, model: str, config: 
     For gym, what its Monitor wrote; for Hugging Face, what its hub shows of an agent.
     """
 
-    def write(name: str, content: str) -> None:
-        write_file(os.path.join(directory, name), content.encode())
-
-    infix = f"0.{os.getpid()}"
-    videos = []
+    infix, videos, files = f"0.{os.getpid()}", [], {}
     for episode, video in recorder.finished.items():
         name = os.path.basename(video.path)
         meta = {"episode_id": episode, "content_type": "video/mp4"}
         meta["encoder_version"] = video.encoder
         videos.append([name, name.replace(".mp4", ".meta.json")])
-        write(videos[-1][1], json.dumps(meta))
+        files[videos[-1][1]] = json.dumps(meta)
     result, stats_name = results(env_id, episodes), f"openaigym.episode_batch.{infix}.stats.json"
     stats = {"initial_reset_timestamp": recorder.times[0], "timestamps": recorder.times[1:]}
     stats |= {"episode_lengths": result["episode_lengths"]}
     stats |= {"episode_rewards": result["episode_rewards"], "episode_types": ["t"] * len(episodes)}
-    write(stats_name, json.dumps(stats))
     info = {"gym_version": gymnasium.__version__, "env_id": env_id}
     manifest = {"stats": stats_name, "videos": videos, "env_info": info}
-    write(f"openaigym.manifest.{infix}.manifest.json", json.dumps(manifest))
+    files |= {stats_name: json.dumps(stats), "results.json": json.dumps(result, indent=1)}
+    files[f"openaigym.manifest.{infix}.manifest.json"] = json.dumps(manifest)
+    files |= {"config.json": json.dumps(config, indent=1), "README.md": model_card(result, model)}
+    contents: dict = {name: text.encode() for name, text in files.items()}
     best = max(recorder.finished, key=lambda episode: episodes[episode].score)
-    with open(recorder.finished[best].path, "rb") as replay:
-        write_file(f"{directory}/replay.mp4", replay.read())
-    write("results.json", json.dumps(result, indent=1))
-    write("config.json", json.dumps(config, indent=1))
-    write("README.md", model_card(result, model))
+    if best != recorder.replay:
+        contents["replay.mp4"] = recorder.finished[best].path
+    write_files({os.path.join(directory, name): content for name, content in contents.items()})
+    recorder.replay = best
 
 
 def hidden(path: str, suffix: str) -> str:
@@ -344,20 +345,32 @@ def hidden(path: str, suffix: str) -> str:
 
 
 def write_file(path: str, content: bytes) -> None:
-    """Write a file that takes the place of `path` when it is whole and on disk.
+    """Write a file that takes the place of `path` when it is whole and on disk; see write_files."""
+    write_files({path: content})
 
-    OSError with a sentence, and `path` as it was, where that is not possible.
+
+def write_files(contents: dict[str, bytes | str]) -> None:
+    """Write files that take their places when all of them are whole and on disk.
+
+    contents: of each path; a str is the path of a file to copy. OSError with a sentence, and all
+    files as they were, where that is not possible.
     """
-    temporary = hidden(path, "tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            with open(hidden(path, "tmp"), "wb") as file:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    with open(content, "rb") as source:
+                        shutil.copyfileobj(source, file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(hidden(path, "tmp"), path)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        for each in contents:
+            with contextlib.suppress(OSError):
+                os.unlink(hidden(each, "tmp"))
         if isinstance(error, OSError):
             raise OSError(f"cannot write {path}: {error.strerror}") from error
         raise

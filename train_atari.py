@@ -680,11 +680,11 @@ def task_eval(given: dict) -> None:
     from predictor import score
 
     episodes = score(env_id, network, count, seed, log=print)
-    table = summary(episodes) | {"seconds": round(time.monotonic() - start, 1)}
+    table = summary(episodes) | {"seed": seed, "seconds": round(time.monotonic() - start, 1)}
     print(tabulate(table.items()))
     if output is not None:
-        result = json.dumps(common.results(env_id, episodes), indent=1)
-        write_file(f"{output}/results.json", result.encode())
+        result = common.results(env_id, episodes) | {"seed": seed}
+        write_file(f"{output}/results.json", json.dumps(result, indent=1).encode())
 
 
 def watch(players, network, count: int, seed: int, each: Callable) -> None:

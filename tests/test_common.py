@@ -215,3 +215,14 @@ def test_a_file_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
     common.write_file(str(path), b"new")
     assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_that_belong_together_take_their_places_together(tmp_path):
+    (tmp_path / "video").write_bytes(b"frames")
+    one, two, copied = (str(tmp_path / name) for name in ("one", "two", "copied"))
+    common.write_files({one: b"1", copied: str(tmp_path / "video"), two: b"2"})
+    assert (tmp_path / "copied").read_bytes() == b"frames"
+    with pytest.raises(OSError, match=r"cannot write .*two: No such file"):
+        common.write_files({one: b"new", two: str(tmp_path / "nowhere")})
+    assert (tmp_path / "one").read_bytes() == b"1" and (tmp_path / "two").read_bytes() == b"2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copied", "one", "two", "video"]
