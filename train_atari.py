@@ -18,16 +18,22 @@ Even with --seed a training run cannot be repeated to the bit: in which order pl
 depends on the load of the machine.
 """
 
+# ruff: noqa: E402 - Ctrl-C is looked after before anything else
+import os
+import signal
+
+INTERRUPTIBLE = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if __name__ == "__main__" and INTERRUPTIBLE:  # while the imports below take their time
+    signal.signal(signal.SIGINT, lambda signum, frame: os._exit(130))
+
 import argparse
 import contextlib
 import datetime
 import fcntl
 import json
 import math
-import os
 import re
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -756,6 +762,8 @@ def main() -> int:
     # Threads that wait should sleep: there are more of them here than cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
+    if INTERRUPTIBLE:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of a rank: its launcher blocked them
         TASKS[given["task"]](given)
