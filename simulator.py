@@ -242,6 +242,8 @@ def serve_run(a: argparse.Namespace) -> None:
     Standard output says `identity process` of each that starts and `identity process code` of each
     that ends. A window belongs to the process that opens it: this one.
     """
+    report = os.dup(1)
+    os.dup2(2, 1)  # whatever a game prints goes to the log
     if a.window:
         identity, master, _ = sys.stdin.readline().split()
         return simulate(a, [make_env(a.env, window=True)], identity, f"{a.connect}/{master}")
@@ -256,9 +258,9 @@ def serve_run(a: argparse.Namespace) -> None:
                     identity, master, log = line.decode().split()
                     address, log = f"{a.connect}/{master}", f"{a.connect[len(IPC) :]}/{log}"
                     pid = nursery.fork(identity, address, log)
-                    os.write(1, f"{identity} {pid}\n".encode())
+                    os.write(report, f"{identity} {pid}\n".encode())
             for identity, pid, code in nursery.reap():
-                os.write(1, f"{identity} {pid} {code}\n".encode())
+                os.write(report, f"{identity} {pid} {code}\n".encode())
 
 
 def join_run(a: argparse.Namespace) -> None:

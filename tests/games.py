@@ -54,6 +54,13 @@ class Crash(Catch):
         return super().step(action)
 
 
+class Chatty(Catch):
+    """Prints where simulators once told their parent how they are."""
+
+    def __init__(self):
+        os.write(1, b"\nhello there\n")
+
+
 class NoStart(Catch):
     """A game that simulators cannot start."""
 
@@ -135,5 +142,5 @@ class Recorded(gymnasium.Env):
         return self.frames[self.steps % 16], 1.0, self.steps == 1000, False, {}
 
 
-for game in (Catch, Crash, NoStart, Stuck, Windowed, Recorded, Count):
+for game in (Catch, Chatty, Crash, NoStart, Stuck, Windowed, Recorded, Count):
     gymnasium.register(f"{game.__name__}-v0", game)

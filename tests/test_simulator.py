@@ -221,6 +221,19 @@ def test_fleet_is_private_and_leaves_nothing():
     assert not any(running(pid) for pid in (*pids, nursery))
 
 
+def test_what_a_game_prints_disturbs_nobody():
+    fleet = Fleet("tests.games:Chatty-v0", 2, players=1, groups=1, seed=0)
+    try:
+        deadline = time.monotonic() + 20
+        while len(fleet.lives) < 2 or fleet.connected < 2:
+            assert time.monotonic() < deadline
+            fleet.masters[0].receive(10, timeout_ms=50)
+            assert fleet.check() == []
+        assert "hello there" in Path(fleet.directory, "log").read_text()
+    finally:
+        fleet.close()
+
+
 def test_a_signal_in_a_clean_up_waits_for_its_end():
     steps = []
     with pytest.raises(KeyboardInterrupt), undisturbed(), undisturbed():
