@@ -60,7 +60,7 @@ class Network(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def first_layer(self, state: torch.Tensor, interleave: bool) -> torch.Tensor:
-        """The first convolution of uint8 states, by one of two ways to the same result.
+        """The first convolution of states, by one of two ways to the same result.
 
         With `interleave` the frames of a state become its channels, as the weights have them, which
         is cheap on a GPU. Without, time is one more dimension of the convolution.
@@ -77,7 +77,7 @@ class Network(nn.Module):
         return F.conv3d(x, weight, conv0.bias, stride, padding).squeeze(2)
 
     def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, A) and value (B,) of uint8 states (B, 4, 84, 84, 3)."""
+        """Logits (B, A) and value (B,) of states (B, 4, 84, 84, 3), 0 to 255, uint8 or float32."""
         x = self.first_layer(state, interleave=state.is_cuda)
         if self.kind == "ba3c":
             x = F.relu(F.max_pool2d(x, 2))  # = max_pool(relu(x)), on a quarter of the elements

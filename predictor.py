@@ -116,14 +116,29 @@ def sample_actions(policy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (cumulative <= rng.random((len(policy), 1))).sum(axis=1)
 
 
-def predict(network: Network, states: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Policy (n, A) and value (n,) of uint8 states (n, 4, 84, 84, 3), as float32 arrays.
+def state_memory(count: int, device: torch.device) -> torch.Tensor:
+    """Memory (count, 4, 84, 84, 3) for the states of a prediction, of the type that travels best.
 
-    Raises FloatingPointError if one of them is not finite.
+    For a GPU pinned uint8; on a CPU float32, as the network needs them: one copy less.
     """
+    if device.type == "cuda":
+        return torch.empty((count, *STATE_SHAPE), dtype=torch.uint8, pin_memory=True)
+    return torch.empty((count, *STATE_SHAPE))
+
+
+def predict(network: Network, parts: list[np.ndarray], memory: torch.Tensor) -> tuple:
+    """Policy (n, A) and value (n,), float32 arrays, of the uint8 states in `parts` together.
+
+    parts: (k, 4, 84, 84, 3) each; memory: for n states or more, from `state_memory`. Raises
+    FloatingPointError if a result is not finite.
+    """
+    n = 0
     with torch.inference_mode():
+        for part in parts:
+            memory[n : n + len(part)] = torch.from_numpy(part)
+            n += len(part)
         device = next(network.parameters()).device
-        logits, value = network(states.to(device, non_blocking=True))
+        logits, value = network(memory[:n].to(device, non_blocking=True))
         result = torch.cat((logits.softmax(dim=1), value[:, None]), dim=1).cpu().numpy()
     if not np.isfinite(result).all():
         raise FloatingPointError("the network predicts values that are not finite")
@@ -132,7 +147,8 @@ def predict(network: Network, states: torch.Tensor) -> tuple[np.ndarray, np.ndar
 
 def policy_of(network: Network) -> Callable[[np.ndarray], np.ndarray]:
     """The function from uint8 states (n, 4, 84, 84, 3) to policies (n, A) that `network` is."""
-    return lambda states: predict(network, torch.from_numpy(states))[0]
+    device = next(network.parameters()).device
+    return lambda states: predict(network, [states], state_memory(len(states), device))[0]
 
 
 class Feed:
@@ -177,19 +193,18 @@ class Feed:
             o = self.options
             books: dict[int, Books] = {}  # by place
             rng = np.random.default_rng(seed)
-            shape = (max(o.predict_batch_size, master.players), *STATE_SHAPE)
-            staging = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pinned)
+            memory = state_memory(max(o.predict_batch_size, master.players), self.device)
             with stream:
                 while not self.queue.closed:
-                    self.answer(master.receive(len(staging), POLL_MS), master, books, rng, staging)
+                    self.answer(master.receive(len(memory), POLL_MS), master, books, rng, memory)
         except BaseException as error:  # whatever it is ends the run, so the trainer must know
             self.error = error
             self.queue.close()
 
-    def answer(self, messages: list[Message], master, books, rng, staging: torch.Tensor) -> None:
+    def answer(self, messages: list[Message], master, books, rng, memory: torch.Tensor) -> None:
         """Enter messages into the books, choose actions for all their players, and reply."""
-        states, k = staging[: len(messages) * master.players], master.players
-        for i, message in enumerate(messages):
+        states, k = [], master.players
+        for message in messages:
             self.scores.extend(score for score, _ in message.finished)
             if message.is_first:  # of one that was there before everything is dropped
                 o = self.options
@@ -197,17 +212,13 @@ class Feed:
             for segment in books[message.place].settle(message):
                 if not self.queue.put(segment):
                     return
-            newest = torch.from_numpy(books[message.place].observe(message))
-            if len(messages) > 1 or self.pinned:
-                states[i * k : (i + 1) * k] = newest
-            else:
-                states = newest
+            states.append(books[message.place].observe(message))
         if not messages:
             return
         network, version, ready = self.published  # after waiting for the queue: the newest
         if ready is not None:
             torch.cuda.current_stream().wait_event(ready)
-        policy, value = predict(network, states)
+        policy, value = predict(network, states, memory)
         actions = sample_actions(policy, rng)
         probs = np.take_along_axis(policy, actions[:, None], axis=1)[:, 0]
         columns = actions.tolist(), probs.tolist(), value.tolist()

@@ -208,9 +208,9 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
     if gpu_ms == (0, 0):  # nothing of torch either
         rows = o.predict_batch_size + o.players_per_simulator
         policy = np.full((rows, num_actions), 1 / num_actions, np.float32)
-        predictor.predict = lambda network, states: (
-            policy[: len(states)],
-            policy[: len(states), 0],
+        predictor.predict = lambda network, parts, memory: (
+            policy[: sum(map(len, parts))],
+            policy[: sum(map(len, parts)), 0],
         )
     undo = [timed(predictor, "predict", spent), timed(predictor.Feed, "answer", spent)]
     feed = predictor.Feed(env_id, o, learner, np.random.SeedSequence(0))

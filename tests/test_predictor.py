@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import Learner, Network
-from predictor import ExperienceQueue, Feed, predict, sample_actions
+from predictor import ExperienceQueue, Feed, predict, sample_actions, state_memory
 from simulator import Books, Segment
 from tests.games import Count
 
@@ -96,14 +96,15 @@ def test_sampled_actions_follow_the_policy():
 def test_prediction():
     network = Network("a3c", 5)
     states = torch.randint(0, 256, (3, 4, 84, 84, 3), dtype=torch.uint8)
-    policy, value = predict(network, states)
+    parts, memory = [states[:1].numpy(), states[1:].numpy()], state_memory(4, torch.device("cpu"))
+    policy, value = predict(network, parts, memory)
     logits, expected = network(states)
     np.testing.assert_allclose(policy, logits.softmax(1).detach().numpy(), rtol=1e-5)
     np.testing.assert_allclose(value, expected.detach().numpy(), rtol=1e-5)
     with torch.no_grad():
         network.fc_v.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError):
-        predict(network, states)
+        predict(network, parts, memory)
 
 
 def options(**changes):
