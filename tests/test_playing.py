@@ -195,7 +195,7 @@ SHIPPED = {
     "Breakout": (8, 50),
     "CrazyClimber": (4, 25_000),
     "KungFuMaster": (6, 3000),
-    "Pong": (3, -16),
+    "Pong": (3, -14),
     "RoadRunner": (6, 5000),
 }
 
