@@ -352,8 +352,8 @@ def write_file(path: str, content: bytes) -> None:
 def write_files(contents: dict[str, bytes | str]) -> None:
     """Write files that take their places when all of them are whole and on disk.
 
-    contents: of each path; a str is the path of a file to copy. OSError with a sentence, and all
-    files as they were, where that is not possible.
+    contents: of each path; a str is the path of a file to copy. OSError with a sentence where that
+    is not possible; before all are on disk every file stays as it was.
     """
     try:
         for path, content in contents.items():
