@@ -220,7 +220,7 @@ class Feed:
             torch.cuda.current_stream().wait_event(ready)
         policy, value = predict(network, states, memory)
         actions = sample_actions(policy, rng)
-        probs = np.take_along_axis(policy, actions[:, None], axis=1)[:, 0]
+        probs = policy[np.arange(len(actions)), actions]
         columns = actions.tolist(), probs.tolist(), value.tolist()
         for i, message in enumerate(messages):
             part = [column[i * k : (i + 1) * k] for column in columns]

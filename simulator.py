@@ -7,6 +7,9 @@ and waits for one with their actions:
     simulator -> master: [rewards, is_over, finished] in msgpack | frames (players, 84, 84, 3) uint8
     master -> simulator: [action, ...] in msgpack
 
+Where both are on one machine the frames do not travel in the message: they lie in memory that the
+two share, and that the simulator leaves alone until it is answered.
+
 The rewards belong to the actions of the message before. Where is_over, the frame is already the
 first of the next episode, and `finished` holds [score, length] of the one that ended. A simulator
 ends when its standard input closes, which happens however its parent ends. It never imports torch.
@@ -25,6 +28,7 @@ import gc
 import glob
 import itertools
 import math
+import mmap
 import os
 import resource
 import secrets
@@ -151,8 +155,16 @@ def join(socket: zmq.Socket, key: list[bytes]) -> zmq.Socket:
     return socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | failures)
 
 
-def simulate(a: argparse.Namespace, envs: list, identity: str, address: str) -> None:
-    """Play until standard input is closed, or until a run on another machine is lost."""
+def share_frames(memory: int, players: int) -> np.ndarray:
+    """Frames (simulators, players, 84, 84, 3) uint8 in the shared memory of a file descriptor."""
+    return np.frombuffer(mmap.mmap(memory, 0), np.uint8).reshape(-1, players, *FRAME_SHAPE)
+
+
+def simulate(a: argparse.Namespace, envs: list, identity: str, address: str, shared=None) -> None:
+    """Play until standard input is closed, or until a run on another machine is lost.
+
+    shared: memory (players, 84, 84, 3) for the frames, None where they have to travel.
+    """
     threading.Thread(target=end_with_parent, args=(os._exit, 0), daemon=True).start()
     num_players, monitor = a.players, None
     players = [Player(env) for env in envs]
@@ -166,11 +178,12 @@ def simulate(a: argparse.Namespace, envs: list, identity: str, address: str) -> 
         monitor = join(socket, read_key(a.key))
     socket.connect(address)
 
-    frames = np.stack([p.reset(seed=int(s)) for p, s in zip(players, seeds, strict=True)])
+    frames = np.empty((num_players, *FRAME_SHAPE), np.uint8) if shared is None else shared
+    frames[:] = [p.reset(seed=int(s)) for p, s in zip(players, seeds, strict=True)]
     rewards, is_over, finished = [0.0] * num_players, [False] * num_players, []
     while True:
-        socket.send(msgpack.packb([rewards, is_over, finished]), zmq.SNDMORE)
-        socket.send(frames)
+        header = msgpack.packb([rewards, is_over, finished])
+        socket.send_multipart([header, frames] if shared is None else [header])
         finished = []
         while monitor and not socket.poll(1000):
             if monitor.poll(0):
@@ -192,11 +205,13 @@ class Nursery:
     def __init__(self, a: argparse.Namespace):
         self.a, self.life = a, os.pipe()
         self.envs = [make_env(a.env) for _ in range(a.players)]
+        self.frames = None if a.memory is None else share_frames(a.memory, a.players)
         self.children: dict[int, str] = {}  # identities by process
         gc.freeze()  # what is there stays shared memory
 
-    def fork(self, identity: str, address: str, log: str | None = None) -> int:
+    def fork(self, identity: str, address: str, index: int = 0, log: str | None = None) -> int:
         """Start a simulator, which writes to `log`; returns its process."""
+        shared = None if self.frames is None else self.frames[index]
         pid = os.fork()
         if pid:
             self.children[pid] = identity
@@ -212,7 +227,7 @@ class Nursery:
                 output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
                 os.dup2(output, 1)
                 os.dup2(output, 2)
-            code = run(self.a, lambda: simulate(self.a, self.envs, identity, address))
+            code = run(self.a, lambda: simulate(self.a, self.envs, identity, address, shared))
         except BaseException:
             traceback.print_exc()
             code = 1
@@ -237,7 +252,7 @@ class Nursery:
 
 
 def serve_run(a: argparse.Namespace) -> None:
-    """Start a simulator for each line `identity master log` of standard input, until it closes.
+    """Start a simulator for each line `identity master index` of standard input, until it closes.
 
     Standard output says `identity process` of each that starts and `identity process code` of each
     that ends. A window belongs to the process that opens it: this one.
@@ -246,7 +261,9 @@ def serve_run(a: argparse.Namespace) -> None:
     os.dup2(2, 1)  # whatever a game prints goes to the log
     if a.window:
         identity, master, _ = sys.stdin.readline().split()
-        return simulate(a, [make_env(a.env, window=True)], identity, f"{a.connect}/{master}")
+        shared = None if a.memory is None else share_frames(a.memory, 1)[0]
+        envs = [make_env(a.env, window=True)]
+        return simulate(a, envs, identity, f"{a.connect}/{master}", shared)
     nursery, lines = Nursery(a), b""
     with contextlib.closing(nursery), contextlib.suppress(BrokenPipeError):
         while True:
@@ -255,9 +272,9 @@ def serve_run(a: argparse.Namespace) -> None:
                     break
                 *whole, lines = (lines + data).split(b"\n")
                 for line in whole:
-                    identity, master, log = line.decode().split()
-                    address, log = f"{a.connect}/{master}", f"{a.connect[len(IPC) :]}/{log}"
-                    pid = nursery.fork(identity, address, log)
+                    identity, master, index = line.decode().split()
+                    address, log = f"{a.connect}/{master}", f"{a.connect[len(IPC) :]}/{index}.log"
+                    pid = nursery.fork(identity, address, int(index), log)
                     os.write(report, f"{identity} {pid}\n".encode())
             for identity, pid, code in nursery.reap():
                 os.write(report, f"{identity} {pid} {code}\n".encode())
@@ -287,7 +304,7 @@ class Message(NamedTuple):
     identity: bytes
     is_first: bool  # of this simulator
     place: int  # of the simulator among those of its master
-    frames: np.ndarray  # (k, 84, 84, 3) uint8
+    frames: np.ndarray  # (k, 84, 84, 3) uint8; they may change when it is answered
     rewards: list[float]  # (k,), as the game counts them
     is_over: list[bool]  # (k,)
     finished: list  # [score, length] of every episode that ended
@@ -299,10 +316,14 @@ class Master:
     A simulator has a place among those of its master, and an identity of its own: one that takes
     the place of another has another identity. With a key the master is open: whoever has the key
     gets a place, and keeps it until it is silent for HANG_SECONDS and another one needs it.
+
+    frames: where simulators leave theirs, (simulators, players, 84, 84, 3); None: they send them.
     """
 
-    def __init__(self, context: zmq.Context, address: str, simulators: int, players: int, key=None):
+    def __init__(self, context, address: str, simulators: int, players: int, key=None, frames=None):
         self.address, self.players, self.is_open = address, players, key is not None
+        self.frames = frames
+        self.sizes = [players * FRAME_BYTES] if frames is None else []  # of what follows a header
         self.places: dict[bytes, int] = {}
         self.num_places, self.num_players = simulators, simulators * players
         self.connected: set[bytes] = set()
@@ -372,9 +393,9 @@ class Master:
     def parse(self, parts: list[bytes]) -> Message | None:
         """The message in these parts, or None if they are not one of a known simulator."""
         k = self.players
-        if len(parts) != 3 or not (self.is_open or parts[0] in self.places):
+        if len(parts) < 2 or not (self.is_open or parts[0] in self.places):
             return None
-        identity, header, pixels = parts
+        identity, header, *pixels = parts
         try:
             rewards, is_over, finished = msgpack.unpackb(header)
             rewards, is_over = [float(r) for r in rewards], [bool(over) for over in is_over]
@@ -382,14 +403,18 @@ class Master:
         except (ValueError, TypeError, OverflowError, msgpack.UnpackException):
             return None
         fits = len(rewards) == len(is_over) == k and len(finished) == sum(is_over)
-        if not fits or len(pixels) != k * FRAME_BYTES or not math.isfinite(sum(rewards)):
+        fits = fits and [len(part) for part in pixels] == self.sizes
+        if not fits or not math.isfinite(sum(rewards)):
             return None
         place = self.find_place(identity)
         if place is None or self.answered.pop(identity, None) is None:  # it has not been answered
             return None
         is_first = identity not in self.connected
         self.connected.add(identity)
-        frames = np.frombuffer(pixels, np.uint8).reshape(k, *FRAME_SHAPE)
+        if self.frames is None:
+            frames = np.frombuffer(pixels[0], np.uint8).reshape(k, *FRAME_SHAPE)
+        else:
+            frames = self.frames[place]
         return Message(identity, is_first, place, frames, rewards, is_over, finished)
 
     def reply(self, message: Message, actions: list[int]) -> None:
@@ -525,6 +550,12 @@ class Fleet:
         self.command = [sys.executable, os.path.abspath(__file__), "--env", env_id, *options]
         self.command += ["--players", str(players), "--seed", str(seed)]
         self.command += ["--connect", IPC + self.directory]
+        self.memory, frames = None, None
+        if hasattr(os, "memfd_create"):  # on Linux; it has no name that could be left behind
+            self.memory = os.memfd_create(PREFIX + "frames")
+            os.ftruncate(self.memory, simulators * players * FRAME_BYTES)
+            self.command += ["--memory", str(self.memory)]
+            frames = share_frames(self.memory, players)
         self.births = itertools.count()
         self.nursery: subprocess.Popen | None = None
         self.exit_code: int | None = None  # of the process behind the simulators, if it has ended
@@ -533,7 +564,9 @@ class Fleet:
             for group in range(groups):
                 address = f"{IPC}{self.directory}/{group}"
                 size = len(range(group, simulators, groups))
-                self.masters.append(Master(self.context, address, size, players))
+                of_group = None if frames is None else frames[group::groups]
+                master = Master(self.context, address, size, players, frames=of_group)
+                self.masters.append(master)
             self.start_all()
         except BaseException:
             self.close()
@@ -543,6 +576,8 @@ class Fleet:
         """Start the simulators, and the process that forks them."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        if self.memory is not None:
+            pipes["pass_fds"] = [self.memory]
         with open(f"{self.directory}/log", "wb") as log:
             # A session of its own: Ctrl-C is for the training process.
             self.nursery = subprocess.Popen(
@@ -564,7 +599,7 @@ class Fleet:
         self.identities[index] = identity = f"simulator-{index}.{next(self.births)}"
         self.born[index] = time.monotonic()
         master.admit(identity.encode(), place)
-        line = f"{identity} {index % len(self.masters)} {index}.log\n"
+        line = f"{identity} {index % len(self.masters)} {index}\n"
         with contextlib.suppress(BrokenPipeError):  # check will see it
             self.nursery.stdin.write(line.encode())
             self.nursery.stdin.flush()
@@ -657,6 +692,8 @@ class Fleet:
             self.context.destroy(linger=0)
             shutil.rmtree(self.directory, ignore_errors=True)
             os.close(self.lock)
+            if self.memory is not None:
+                os.close(self.memory)
 
 
 class VectorPlayers(Fleet):
@@ -714,6 +751,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the run")
     parser.add_argument("--key", metavar="FILE", help="of the run that listens")
     parser.add_argument("--simulator-proc", type=int, default=1, help="simulators that join a run")
+    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)  # of the parent
     parser.add_argument("--window", action="store_true", help="show the game, at its speed")
     a = parser.parse_args()
     return run(a, lambda: serve_run(a) if a.connect.startswith(IPC) else join_run(a))

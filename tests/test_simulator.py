@@ -98,6 +98,19 @@ def test_a_good_message(master):
 PIXELS = bytes(2 * FRAME_BYTES)
 
 
+def test_frames_in_shared_memory(tmp_path):
+    """Each place has its own; a message that brings pixels along is none of this master's."""
+    context, shared = zmq.Context(), np.zeros((2, 2, 84, 84, 3), np.uint8)
+    master = Master(context, f"ipc://{tmp_path}/1", 2, 2, frames=shared)
+    master.admit(b"simulator-1", 1)
+    shared[1] = [[[[7]]], [[[9]]]]
+    assert master.parse([b"simulator-1", header(), PIXELS]) is None
+    parsed = master.parse([b"simulator-1", header()])
+    assert parsed.frames[:, 83, 83, 2].tolist() == [7, 9]
+    master.socket.close()
+    context.term()
+
+
 def test_one_message_at_a_time(master):
     parts = [b"simulator-0", header(), PIXELS]
     assert master.parse(parts) is not None
@@ -209,6 +222,8 @@ def test_fleet_is_private_and_leaves_nothing():
         assert {len(m.frames) for m in messages} == {2}
         # Only new frames cross the process boundary.
         assert all(m.frames.nbytes == len(m.rewards) * 84 * 84 * 3 for m in messages)
+        # Each is where its simulator leaves it: no two are the same memory.
+        assert len({m.frames.__array_interface__["data"][0] for m in messages}) == 3
         assert fleet.connected == 3
         assert fleet.check() == []
         pids = [pid for (pid,) in fleet.lives.values()]
