@@ -59,6 +59,7 @@ CPU_BATCH = 16  # two messages of eight players, on two cores
 CPU_PLAYERS = 32  # in all: in two processes per core, so that one plays while the other waits
 EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 CHECKPOINT_SECONDS = 300
+SAME_SIGNAL_SECONDS = 0.5  # a second signal within this time is the first one once more
 LOG_SECONDS = 10
 CHECK_STEPS = 500  # iterations after which several ranks compare their weights
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
@@ -406,10 +407,14 @@ class Training:
         self.saved = time.monotonic()
 
     def on_signal(self, signum: int, frame) -> None:
-        """The first signal lets the iteration end and saves; the second ends at once."""
-        if self.signal is not None:
+        """The first signal lets the iteration end and saves; a later one ends at once.
+
+        Programs that pass signals on, such as timeout, send one twice in the same moment.
+        """
+        if self.signal is None:
+            self.signal, self.signalled = signum, time.monotonic()
+        elif time.monotonic() - self.signalled > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
-        self.signal = signum
 
     def check(self) -> None:
         """Raise what should end the run, if there is something."""

@@ -105,13 +105,39 @@ def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path):
         signal.signal(signal.SIGHUP, handler)
 
 
-def test_ctrl_c_twice_leaves_nothing(tmp_path):
+def test_ctrl_c_twice_in_a_moment_is_one(tmp_path):
+    """`timeout` signals a program, and then its group."""
     with training(tmp_path) as (process, _):
         pids = processes(tmp_path / "t")
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert process.wait(30) == 130
         assert gone(pids) and not list((tmp_path / "t").glob("batch-a3c-*"))
+    assert load(str(tmp_path / "run" / "checkpoint.pt"))[1]["at"]["global_step"] > 0
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_iteration(tmp_path):
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import model, train_atari\n"
+    code += "model.Learner.update = lambda *a, **k: print('hangs', flush=True) or time.sleep(100)\n"
+    code += "sys.exit(train_atari.main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *CATCH, *TINY, "--output", str(tmp_path / "run")],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert any("hangs" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        time.sleep(2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert not processes(tmp_path) and not list(tmp_path.glob("batch-a3c-*"))
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize(
