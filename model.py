@@ -22,6 +22,7 @@ LOSSES = ("policy_loss", "xentropy_loss", "value_loss", "cost")
 METRICS = (*LOSSES, "importance", "rms_advantage", "predict_reward", "grad_norm")
 # On a CPU a batch is cut into parts of at most so many states, one thread each: their activations
 # stay in the caches, and threads that never wait for each other lose least to the busy players.
+# Many parts end closer together, few repeat less: measured on two cores (22 makes six of a batch).
 CPU_PART = {"ba3c": 22, "a3c": 64}
 
 
