@@ -196,7 +196,7 @@ SHIPPED = {
     "Breakout": (8, 50),
     "CrazyClimber": (4, 25_000),
     "KungFuMaster": (6, 3000),
-    "Pong": (3, -4),
+    "Pong": (3, 0),
     "RoadRunner": (6, 5000),
 }
 
