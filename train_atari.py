@@ -63,8 +63,6 @@ SAME_SIGNAL_SECONDS = 0.5  # a second signal within this time is the first one o
 LOG_SECONDS = 10
 CHECK_STEPS = 500  # iterations after which several ranks compare their weights
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
-# Measured on both cores of a two-core server: states/s per core, everything together.
-STATES_PER_CORE = {"ba3c": 52, "a3c": 460}
 SIMULATOR_BYTES, PLAYER_BYTES = 5e6, 1.5e6  # what simulators do not share, measured with Breakout
 
 RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz")
@@ -360,11 +358,8 @@ class Training:
             "ranks": f"{ranks}, each with these players; an iteration has {ranks} batches",
             "policy lag": f"{lag:.1f} updates when the trainer binds; with fewer players less",
         }
-        if self.device.type == "cpu":
-            rate = STATES_PER_CORE[network.kind] * cores
-            facts["expect"] = f"about {rate} states/s, {states / rate / 3600:.2g} hours per epoch"
-            if network.kind == "ba3c":
-                facts["expect"] += "; --network a3c is several times faster on a CPU"
+        if self.device.type == "cpu" and network.kind == "ba3c":
+            facts["network"] += "; --network a3c is several times faster on a CPU"
         if ranks == 1:
             del facts["ranks"]
         self.log("training\n" + tabulate(facts.items()))
