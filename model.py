@@ -1,7 +1,8 @@
 """The network, its loss and update, and its weight files: the maths of Batch-A3C.
 
 Sources: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning" (the loss: section
-4 and algorithm S3); Kingma & Ba 2015, "Adam" (the update, in the form at the end of its section 2).
+4 and algorithm S3); Kingma & Ba 2015, "Adam" (the update, in the form at the end of its section 2);
+Yong et al. 2020, "Gradient Centralization" (updates that leave the means of filters as they are).
 """
 
 import io
@@ -59,6 +60,15 @@ class Network(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
         self.to(memory_format=torch.channels_last)
+
+    def filters(self) -> list[torch.Tensor]:
+        """Those of the convolutions, (out, in, rows, columns), without gradients."""
+        return [parameter.data for parameter in self.parameters() if parameter.dim() == 4]
+
+    def center_filters(self) -> None:
+        """Make filters blind to whatever is the same all over their window."""
+        for filters in self.filters():
+            filters -= filters.mean((2, 3), keepdim=True)
 
     def first_layer(self, state: torch.Tensor, interleave: bool) -> torch.Tensor:
         """The first convolution of states, by one of two ways to the same result.
@@ -156,15 +166,21 @@ def clip_gradients(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 
 class Learner:
-    """A network in training: one call of `update` is one iteration."""
+    """A network in training: one call of `update` is one iteration.
 
-    def __init__(self, network: Network, device: torch.device, adam_epsilon: float, threads: int):
+    With `center_filters` the mean of a filter over rows and columns never changes. Pixels are not
+    negative and most of them are background, so that otherwise the many small steps of a filter's
+    weights add up to a large one of its output, in all states at once, until it is below zero.
+    """
+
+    def __init__(self, network, device: torch.device, adam_epsilon, threads, center_filters=False):
         self.network = network.to(device)
         self.device = device
         self.adam_epsilon = adam_epsilon
         self.updates, self.threads = 0, threads
         self.ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         self.parameters = list(network.parameters())
+        self.centered = network.filters() if center_filters else []
         if self.ranks > 1:  # rank 0 says with which weights all begin
             for parameter in self.parameters:
                 distributed.broadcast(parameter.data, 0)
@@ -199,7 +215,10 @@ class Learner:
             if gradient.dim() == 4:  # as the weights lie: the fused optimizer goes through memory
                 gradient = gradient.contiguous(memory_format=torch.channels_last)
             parameter.grad = gradient
+        means = [filters.mean((2, 3), keepdim=True) for filters in self.centered]
         self.optimizer.step()
+        for filters, mean in zip(self.centered, means, strict=True):
+            filters += mean - filters.mean((2, 3), keepdim=True)
         self.optimizer.zero_grad()
         importance, squared_advantage, value = terms[3:] / batch_size
         cost = cost_of(terms, entropy_beta, batch_size)

@@ -90,6 +90,11 @@ def positive(text: str) -> float:
     return float(text)
 
 
+def switch(text: str) -> int:
+    """0 or 1."""
+    return ("0", "1").index(text)
+
+
 def scheduled(text: str, epoch: int) -> float:
     """The value of a schedule, `VALUE,EPOCH:VALUE,...`, in `epoch`, counted from 1."""
     steps = [step.split(":") for step in ("1:" + text).split(",")]
@@ -114,6 +119,7 @@ LEARNING = (
     ("WARM_UP", whole, 0, "iterations in which the learning rate rises to its value"),
     ("ENTROPY_BETA", schedule, "0.01,80:0.005", "VALUE,EPOCH:VALUE,..."),
     ("ADAM_EPSILON", positive, 1e-3, "epsilon of Adam in TensorFlow's form"),
+    ("CENTER_FILTERS", switch, 0, "1: convolutions see differences only, so that none dies"),
     ("STEPS_PER_EPOCH", count, 6000, "iterations per epoch"),
     ("MAX_EPOCH", count, 1000, "epochs until the run is done"),
     ("EVAL_EPISODE", count, 50, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
@@ -126,7 +132,7 @@ SPEED = (
     ("QUEUE_SIZE", count, 128, "states that may wait for the trainer; default: a batch"),
 )
 # With the small network, whose gradients are far below the original's epsilon: see the README.
-LEARNING_OF_A3C = {"adam_epsilon": 1e-5, "learning_rate": "7e-4"}
+LEARNING_OF_A3C = {"adam_epsilon": 1e-5, "learning_rate": "7e-4", "center_filters": 1}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -322,8 +328,8 @@ class Training:
         self.unread: list = []  # iterations whose metrics are still on the device
         self.began = self.logged = self.saved = time.monotonic()
         self.shown, self.signal = 0, None
-        threads = max(1, count_cores() // local)
-        self.learner = model.Learner(network, device, self.options.adam_epsilon, threads)
+        threads, eps = max(1, count_cores() // local), options.adam_epsilon
+        self.learner = model.Learner(network, device, eps, threads, options.center_filters)
         if saved:
             self.learner.load_state_dict(saved["learner"])
             torch.set_rng_state(saved["rng"])
@@ -654,6 +660,8 @@ def task_train(given: dict) -> None:
     torch.manual_seed(chosen["seed"])
     if load is None:
         network = model.Network(chosen["network"], actions)
+        if options.center_filters:
+            network.center_filters()
     Training(env_id, chosen, options, network, device, path, saved, log_file).run()
 
 

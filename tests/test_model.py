@@ -271,6 +271,27 @@ def test_both_ways_through_the_first_layer_lead_to_one_result(kind):
         assert relative(one.numpy(), other.numpy()) < 1e-5
 
 
+def test_centered_filters_learn_but_keep_their_means():
+    """Whatever means they had: the filters of a loaded agent must not jump."""
+    _, batch = golden_arrays()
+    torch.manual_seed(1)
+    network = Network("a3c", 4)
+    before = [filters.clone() for filters in network.filters()]
+    learner = Learner(network, CPU, adam_epsilon=1e-5, threads=2, center_filters=True)
+    for _ in range(5):
+        learner.update(batch, 1e-3, 0.01)
+    assert len(before) == 2
+    for old, new in zip(before, network.filters(), strict=True):
+        assert (new - old).abs().max() > 1e-3  # of five steps of 1e-3 at most
+        change = (new - old).mean((2, 3)).abs().max()
+        assert change < 1e-6 < 1e-2 < old.mean((2, 3)).abs().max()
+    network.center_filters()
+    for filters in network.filters():
+        assert filters.mean((2, 3)).abs().max() < 1e-6 < 1e-2 < filters.std()
+    state = torch.full((1, 4, 84, 84, 3), 99, dtype=torch.uint8)  # the same all over each window
+    assert network.first_layer(state, False).std((2, 3)).max() < 1e-5
+
+
 def test_resumed_learner_makes_the_same_next_update(tmp_path):
     _, batch = golden_arrays()
     torch.manual_seed(1)

@@ -149,6 +149,8 @@ def test_new_run_from_weights(trained, tmp_path):
     for a, b in zip(best.parameters(), new.parameters(), strict=True):
         np.testing.assert_allclose(a.detach(), b.detach(), atol=1e-8)
     assert new.kind == old.kind == "a3c"
+    for filters in new.filters():  # by default; they began so, and stayed so
+        assert filters.mean((2, 3)).abs().max() < 1e-6 < 1e-2 < filters.std()
 
 
 def processes(directory):
@@ -241,6 +243,7 @@ def test_an_error_in_a_simulator_ends_the_run(tmp_path):
         (("--env", "Pong-v0", "--batch-size", "100000000"), 2, "GB of memory"),
         (("--env", "Pong-v0", "--load", ""), 1, "there is no file"),
         (("--env", "Pong-v0", "--learning-rate", "1e-3,x"), 2, "learning-rate"),
+        (("--env", "Pong-v0", "--center-filters", "2"), 2, "invalid switch value: '2'"),
         (("--env", "Pong-v0", "--predict-batch-size", "1000"), 2, "can never fill"),
         (("--env", "Pong-v0", "--batch-size", "500", "--queue-size", "400"), 2, "can never fill"),
         (("--env", "Pong-v0", "--network", "big"), 2, "invalid choice"),
@@ -324,5 +327,6 @@ def test_defaults_on_a_gpu_are_the_originals():
     assert (o.steps_per_epoch, o.max_epoch, o.eval_episode) == (6000, 1000, 50)
     small = complete({"network": "a3c", "learning_rate": "1e-3"}, on_cpu=False)
     assert (small.adam_epsilon, small.learning_rate, small.warm_up) == (1e-5, "1e-3", 0)
+    assert (o.center_filters, small.center_filters) == (0, 1)
     fast = {"simulator_proc": 240, "predict_batch_size": 30, "predictor_thread_per_gpu": 6}
     assert vars(complete(fast, on_cpu=False)).items() >= fast.items()
