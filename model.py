@@ -6,6 +6,7 @@ Yong et al. 2020, "Gradient Centralization" (updates that leave the means of fil
 """
 
 import io
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -259,6 +260,16 @@ class Learner:
             results = list(self.pool.map(part_gradients, batch.split(part)))
         columns = zip(*(gradients for _, gradients in results), strict=True)
         return sum(terms for terms, _ in results), [sum(parts[1:], parts[0]) for parts in columns]
+
+    def measure(self, size: int) -> float:
+        """States per second of gradients, from two batches of this size; the first warms up."""
+        zeros, newest = torch.zeros(size), torch.arange(FRAME_HISTORY - 1, size)
+        frames = torch.zeros(size, *FRAME_SHAPE, dtype=torch.uint8)
+        batch = Batch(frames, newest, *(column[newest] for column in (zeros.long(), zeros, zeros)))
+        for _ in range(2):
+            start = time.perf_counter()
+            self.gradients(batch.to(self.device), 0.0)
+        return len(newest) / (time.perf_counter() - start)
 
     def state_dict(self) -> dict:
         """Everything an update depends on."""

@@ -366,6 +366,10 @@ class Training:
         }
         if self.device.type == "cpu" and network.kind == "ba3c":
             facts["network"] += "; --network a3c is several times faster on a CPU"
+            # Of the work for a state its update is about 0.8; the rest are prediction and player.
+            rate = 0.8 * self.learner.measure(64)
+            hours = states / rate / 3600
+            facts["expect"] = f"about {rate:.0f} states/s, {hours:.2g} hours per epoch"
         if ranks == 1:
             del facts["ranks"]
         self.log("training\n" + tabulate(facts.items()))

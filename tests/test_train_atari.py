@@ -153,6 +153,16 @@ def test_new_run_from_weights(trained, tmp_path):
         assert filters.mean((2, 3)).abs().max() < 1e-6 < 1e-2 < filters.std()
 
 
+def test_the_large_network_says_on_a_cpu_what_to_expect(tmp_path):
+    done = run("--env", "tests.games:Catch-v0", *TINY, "--max-epoch", 1, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--network a3c is several times faster" in done.stdout
+    rate, hours = re.search(r"about (\d+) states/s, (\S+) hours per epoch", done.stdout).groups()
+    o = json.loads((tmp_path / "config.json").read_text())
+    states = o["steps_per_epoch"] * o["batch_size"]
+    assert float(hours) == pytest.approx(states / float(rate) / 3600, rel=0.1)
+
+
 def processes(directory):
     """Processes whose command line names something in `directory`."""
     found = []
