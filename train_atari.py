@@ -55,8 +55,8 @@ from simulator import SIGNALS, VectorPlayers, end, end_with_parent, on_signals, 
 
 EVAL_EPOCH = 3  # epochs from one evaluation to the next
 CPU_PREDICTORS = 4  # at most, one per two cores: Python runs one thread at a time
-CPU_BATCH = 16  # two messages of eight players, on two cores
-CPU_PLAYERS = 32  # in all: in two processes per core, so that one plays while the other waits
+CPU_BATCH = 24  # two messages of twelve players, on two cores
+CPU_PLAYERS = 48  # in all: in two processes per core, so that one plays while the other waits
 EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 CHECKPOINT_SECONDS = 300
 SAME_SIGNAL_SECONDS = 0.5  # a second signal within this time is the first one once more
