@@ -6,7 +6,9 @@ Yong et al. 2020, "Gradient Centralization" (updates that leave the means of fil
 """
 
 import io
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ METRICS = (*LOSSES, "importance", "rms_advantage", "predict_reward", "grad_norm"
 # stay in the caches, and threads that never wait for each other lose least to the busy players.
 # Many parts end closer together, few repeat less: measured on two cores (22 makes six of a batch).
 CPU_PART = {"ba3c": 22, "a3c": 64}
+CAPTURE = threading.Lock()
 
 
 class WeightFileError(OSError):
@@ -166,6 +169,31 @@ def clip_gradients(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(norms)
 
 
+def captured(function: Callable) -> Callable:
+    """`function`, which reads and writes tensors on a GPU, as a CUDA graph.
+
+    One launch takes the place of dozens, for each of which Python's threads would wait for each
+    other. It works on the same memory every time, that of its result too.
+    """
+    with CAPTURE:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries make what they need, and choose their kernels
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with whatever they do.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = function()
+
+    def replay(*_):
+        graph.replay()
+        return result
+
+    return replay
+
+
 class Learner:
     """A network in training: one call of `update` is one iteration.
 
@@ -187,8 +215,12 @@ class Learner:
                 distributed.broadcast(parameter.data, 0)
         self.optimizer = torch.optim.Adam(self.parameters, fused=True)
         self.cuda = device.type == "cuda"
+        self.clip = clip_gradients
         if self.cuda:
             torch.set_float32_matmul_precision("high")  # TF32; convolutions use it by default
+            self.copied = torch.cuda.Event()
+            self.memory: Batch | None = None  # of the batch on the GPU, where a graph reads it
+            self.entropy_beta = torch.zeros((), device=device)
         # Each thread for itself: a team of threads would wait for members that have no core.
         torch.set_num_threads(1)
         self.pool = ThreadPoolExecutor(threads, "trainer", lambda: torch.set_num_threads(1))
@@ -201,13 +233,11 @@ class Learner:
         sqrt(1 - b2^t) first, so its epsilon must be divided likewise.
         """
         batch_size = len(batch.actions)
-        batch = batch.to(self.device)
-        copied = torch.cuda.current_stream().record_event() if self.cuda else None
         extra = torch.tensor(extra, dtype=torch.float32, device=self.device)  # waits for the GPU
         terms, gradients = self.gradients(batch, entropy_beta)
         if self.ranks > 1:
-            terms, extra, *gradients = self.mean_of_ranks([terms, extra, *gradients])
-        norm = clip_gradients(gradients)
+            self.average([terms, extra, *gradients])
+        norm = self.clip(gradients)
         self.updates += 1
         group = self.optimizer.param_groups[0]
         group["lr"] = learning_rate
@@ -223,17 +253,18 @@ class Learner:
         self.optimizer.zero_grad()
         importance, squared_advantage, value = terms[3:] / batch_size
         cost = cost_of(terms, entropy_beta, batch_size)
-        if copied is not None:  # the memory of the batch may be filled anew from now on
-            copied.synchronize()
+        if self.cuda:  # the caller's memory may be filled anew from now on
+            self.copied.synchronize()
         scalars = torch.stack((cost, importance, squared_advantage.sqrt(), value, norm))
         return torch.cat((terms[:3], scalars, extra))
 
-    def mean_of_ranks(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """These tensors averaged over all ranks: one transfer of all of them together."""
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Make these tensors their means over all ranks: one transfer of all of them together."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         distributed.all_reduce(flat)
         parts = (flat / self.ranks).split([tensor.numel() for tensor in tensors])
-        return [p.view(t.shape) for t, p in zip(tensors, parts, strict=True)]
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
     def check_ranks(self) -> None:
         """Raise RuntimeError if the ranks do not hold the same weights, to the bit."""
@@ -245,19 +276,34 @@ class Learner:
             raise RuntimeError("the ranks hold different weights")
 
     def gradients(self, batch: Batch, entropy_beta: float) -> tuple[torch.Tensor, list]:
-        """Loss terms (6,) and the gradient of the cost for each parameter, before clipping."""
+        """Loss terms (6,) and the gradient of the cost for each parameter, before clipping.
 
-        def part_gradients(part: Batch) -> tuple[torch.Tensor, tuple]:
+        On a GPU they lie in memory that the next call writes anew.
+        """
+        size = len(batch.actions)
+
+        def part_gradients(part: Batch) -> tuple[torch.Tensor, list]:
             terms = loss_terms(*self.network(part.states()), part)
-            cost = cost_of(terms, entropy_beta, len(batch.actions))
-            return terms.detach(), torch.autograd.grad(cost, self.parameters)
+            cost = cost_of(terms, self.entropy_beta if self.cuda else entropy_beta, size)
+            return terms.detach(), list(torch.autograd.grad(cost, self.parameters))
 
         if self.cuda:
-            results = [part_gradients(batch)]
-        else:
-            share = -(-len(batch.actions) // self.threads)
-            part = min(CPU_PART[self.network.kind], max(8, share))
-            results = list(self.pool.map(part_gradients, batch.split(part)))
+            new = self.memory is None or len(self.memory.actions) != size
+            if new:
+                frames = batch.frames.new_empty((FRAME_HISTORY * size, *FRAME_SHAPE))
+                self.memory = batch._replace(frames=frames).to(self.device)
+            for memory, column in zip(self.memory, batch, strict=True):
+                memory[: len(column)].copy_(column, non_blocking=True)
+            self.copied.record()
+            self.entropy_beta.fill_(entropy_beta)
+            if new:
+                self.replay = captured(lambda: part_gradients(self.memory))
+                gradients = self.replay()[1]
+                self.clip = captured(lambda: clip_gradients(gradients))
+            return self.replay()
+        share = -(-size // self.threads)
+        part = min(CPU_PART[self.network.kind], max(8, share))
+        results = list(self.pool.map(part_gradients, batch.split(part)))
         columns = zip(*(gradients for _, gradients in results), strict=True)
         return sum(terms for terms, _ in results), [sum(parts[1:], parts[0]) for parts in columns]
 
@@ -268,7 +314,7 @@ class Learner:
         batch = Batch(frames, newest, *(column[newest] for column in (zeros.long(), zeros, zeros)))
         for _ in range(2):
             start = time.perf_counter()
-            self.gradients(batch.to(self.device), 0.0)
+            self.gradients(batch, 0.0)
         return len(newest) / (time.perf_counter() - start)
 
     def state_dict(self) -> dict:

@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 import simulator
 from common import count_cores, evaluate
-from model import FRAME_HISTORY, FRAME_SHAPE, STATE_SHAPE, Batch, Learner, Network
+from model import FRAME_HISTORY, FRAME_SHAPE, STATE_SHAPE, Batch, Learner, Network, captured
 from simulator import Books, Fleet, Master, Message, Segment, VectorPlayers
 
 EVAL_PLAYERS = 16  # side by side in an evaluation
 LOG_SECONDS = 10  # from one line of progress to the next, where there is no terminal
 POLL_MS = 100  # how long a predictor waits for messages before it looks whether it should end
+SMALLEST_GRAPH = 8  # states; below, a prediction on a GPU takes no less time
 LAST_SCORES = 100  # training episodes in the mean score that is shown
 
 
@@ -116,39 +117,66 @@ def sample_actions(policy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (cumulative <= rng.random((len(policy), 1))).sum(axis=1)
 
 
-def state_memory(count: int, device: torch.device) -> torch.Tensor:
-    """Memory (count, 4, 84, 84, 3) for the states of a prediction, of the type that travels best.
+class Replica:
+    """A copy of a network that predicts for up to `size` states together.
 
-    For a GPU pinned uint8; on a CPU float32, as the network needs them: one copy less.
+    Each predictor thread has one and loads new versions into it: what it predicts with never
+    changes meanwhile.
     """
-    if device.type == "cuda":
-        return torch.empty((count, *STATE_SHAPE), dtype=torch.uint8, pin_memory=True)
-    return torch.empty((count, *STATE_SHAPE))
 
+    def __init__(self, network: Network, size: int):
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.weights = list(self.network.parameters())
+        device = self.weights[0].device
+        self.cuda, self.version = device.type == "cuda", -1
+        # uint8 travels best to a GPU; on a CPU the network needs float32: one copy less.
+        dtype = torch.uint8 if self.cuda else torch.float
+        self.memory = torch.empty((size, *STATE_SHAPE), dtype=dtype, pin_memory=self.cuda)
+        if self.cuda:  # a graph predicts for as many states as it was made for
+            self.states = torch.zeros_like(self.memory, device=device)
+            self.replays = {}
+            while not self.replays or size >= SMALLEST_GRAPH:
+                states = self.states[:size]
+                self.replays[size] = captured(lambda states=states: self.outputs(states))
+                size //= 2
 
-def predict(network: Network, parts: list[np.ndarray], memory: torch.Tensor) -> tuple:
-    """Policy (n, A) and value (n,), float32 arrays, of the uint8 states in `parts` together.
+    def load(self, weights: list[torch.Tensor], version: int) -> None:
+        """Predict with these weights from now on, if it has not loaded this version already."""
+        if version != self.version:
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, weights)
+            self.version = version
 
-    parts: (k, 4, 84, 84, 3) each; memory: for n states or more, from `state_memory`. Raises
-    FloatingPointError if a result is not finite.
-    """
-    n = 0
-    with torch.inference_mode():
+    def outputs(self, states: torch.Tensor) -> torch.Tensor:
+        """(n, A + 1): the policies, and behind them the values."""
+        with torch.inference_mode():
+            logits, value = self.network(states)
+            return torch.cat((logits.softmax(dim=1), value[:, None]), dim=1)
+
+    def predict(self, parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Policy (n, A) and value (n,), float32, of the uint8 states in `parts` together.
+
+        parts: (k, 4, 84, 84, 3) each. Raises FloatingPointError if a result is not finite.
+        """
+        n = 0
         for part in parts:
-            memory[n : n + len(part)] = torch.from_numpy(part)
+            self.memory[n : n + len(part)] = torch.from_numpy(part)
             n += len(part)
-        device = next(network.parameters()).device
-        logits, value = network(memory[:n].to(device, non_blocking=True))
-        result = torch.cat((logits.softmax(dim=1), value[:, None]), dim=1).cpu().numpy()
-    if not np.isfinite(result).all():
-        raise FloatingPointError("the network predicts values that are not finite")
-    return result[:, :-1], result[:, -1]
+        if self.cuda:
+            self.states[:n].copy_(self.memory[:n], non_blocking=True)
+            rows = min(rows for rows in self.replays if rows >= n)  # whatever is in those above n
+            result = self.replays[rows]()[:n].cpu().numpy()
+        else:
+            result = self.outputs(self.memory[:n]).numpy()
+        if not np.isfinite(result).all():
+            raise FloatingPointError("the network predicts values that are not finite")
+        return result[:, :-1], result[:, -1]
 
 
 def policy_of(network: Network) -> Callable[[np.ndarray], np.ndarray]:
-    """The function from uint8 states (n, 4, 84, 84, 3) to policies (n, A) that `network` is."""
-    device = next(network.parameters()).device
-    return lambda states: predict(network, [states], state_memory(len(states), device))[0]
+    """The function from up to EVAL_PLAYERS uint8 states to policies (n, A) that `network` is."""
+    replica = Replica(network, EVAL_PLAYERS)
+    return lambda states: replica.predict([states])[0]
 
 
 class Feed:
@@ -164,7 +192,8 @@ class Feed:
         self.dropped = 0
         self.scores: deque = deque(maxlen=LAST_SCORES)  # of finished training episodes
         self.queue = ExperienceQueue(options.batch_size, options.queue_size, self.pinned)
-        self.publish(learner.network, learner.updates)
+        self.network = learner.network
+        self.publish(self.network, learner.updates)
         self.threads: list[threading.Thread] = []
         simulators, players = options.simulator_proc, options.players_per_simulator
         groups, seed = options.predictor_thread_per_gpu, int(seeds.generate_state(1)[0])
@@ -188,20 +217,21 @@ class Feed:
         torch.set_num_threads(1)
         stream = contextlib.nullcontext()
         try:
-            if self.pinned:
-                stream = torch.cuda.stream(torch.cuda.Stream(self.device))
+            if self.pinned:  # players wait for predictions: they go before updates
+                stream = torch.cuda.stream(torch.cuda.Stream(self.device, priority=-1))
             o = self.options
             books: dict[int, Books] = {}  # by place
             rng = np.random.default_rng(seed)
-            memory = state_memory(max(o.predict_batch_size, master.players), self.device)
+            size = max(o.predict_batch_size, master.players)
             with stream:
+                replica = Replica(self.network, size)
                 while not self.queue.closed:
-                    self.answer(master.receive(len(memory), POLL_MS), master, books, rng, memory)
+                    self.answer(master.receive(size, POLL_MS), master, books, rng, replica)
         except BaseException as error:  # whatever it is ends the run, so the trainer must know
             self.error = error
             self.queue.close()
 
-    def answer(self, messages: list[Message], master, books, rng, memory: torch.Tensor) -> None:
+    def answer(self, messages: list[Message], master, books, rng, replica: Replica) -> None:
         """Enter messages into the books, choose actions for all their players, and reply."""
         states, k = [], master.players
         for message in messages:
@@ -215,10 +245,11 @@ class Feed:
             states.append(books[message.place].observe(message))
         if not messages:
             return
-        network, version, ready = self.published  # after waiting for the queue: the newest
+        weights, version, ready = self.published  # after waiting for the queue: the newest
         if ready is not None:
             torch.cuda.current_stream().wait_event(ready)
-        policy, value = predict(network, states, memory)
+        replica.load(weights, version)
+        policy, value = replica.predict(states)
         actions = sample_actions(policy, rng)
         probs = policy[np.arange(len(actions)), actions]
         columns = actions.tolist(), probs.tolist(), value.tolist()
@@ -228,13 +259,10 @@ class Feed:
             books[message.place].decide(*part, version)
 
     def publish(self, network: Network, version: int) -> None:
-        """Let predictors use a copy of `network` from their next batch on.
-
-        A predictor keeps the copy it has taken for a whole batch, and nobody ever changes it.
-        """
-        snapshot = copy.deepcopy(network).requires_grad_(False)
+        """Let predictors use the weights of `network` from their next batch on: a copy of them."""
+        weights = [parameter.detach().clone() for parameter in network.parameters()]
         ready = torch.cuda.current_stream().record_event() if self.pinned else None
-        self.published = snapshot, version, ready  # one assignment: nobody sees half of it
+        self.published = weights, version, ready  # one assignment: nobody sees half of it
 
     def check(self) -> list[str]:
         """What happened to simulators since the last time; raises what has to end the run."""

@@ -11,7 +11,8 @@
     python tests/benchmark.py train --simulate-gpu 1.5 4   # this machine with a GPU of that speed
     python tests/benchmark.py pipeline --simulator-proc 4  # with any option of train_atari.py
 
-Figures are medians of --repeat runs; run it on an idle machine (Linux; CPU times come from /proc).
+`limits` and `train` use the GPU if there is one and no `--ranks 1` says otherwise. Figures are
+medians of --repeat runs; run it on an idle machine (Linux; CPU times come from /proc).
 core-us is microseconds of one core, for one state.
 """
 
@@ -37,7 +38,7 @@ from tabulate import tabulate  # noqa: E402
 import model  # noqa: E402
 import predictor  # noqa: E402
 from common import Player, count_cores, make_env  # noqa: E402
-from train_atari import complete, count_actions, make_parser  # noqa: E402
+from train_atari import complete, count_actions, find_devices, make_parser  # noqa: E402
 
 RECORDED = "tests.games:Recorded-v0"
 CORES = count_cores()
@@ -85,6 +86,10 @@ def forward_rate(o, env_id: str, seconds: float) -> float:
     network = model.Network(o.network, count_actions(env_id))
     size = (o.predict_batch_size, *model.STATE_SHAPE)
     states = torch.randint(0, 256, size, dtype=torch.uint8)
+    if o.device.type == "cuda":  # with the way to the GPU and back
+        torch.set_float32_matmul_precision("high")
+        replica = predictor.Replica(network.to(o.device), len(states))
+        return rate(lambda: replica.predict([states.numpy()]), len(states), seconds)
     with torch.inference_mode():
         return rate(lambda: network(states), len(states), seconds)
 
@@ -96,9 +101,11 @@ def train_rate(o, env_id: str, seconds: float) -> float:
     frames = torch.randint(0, 256, (4 * o.batch_size, *model.FRAME_SHAPE), dtype=torch.uint8)
     ones = torch.ones(o.batch_size)
     batch = model.Batch(frames, torch.arange(3, 4 * o.batch_size, 4), ones.long(), ones, ones)
+    if o.device.type == "cuda":
+        batch = model.Batch(*(column.pin_memory() for column in batch))
     network = model.Network(o.network, count_actions(env_id))
-    learner = model.Learner(network, torch.device("cpu"), 1e-3, threads=1)
-    return rate(lambda: learner.update(batch, 1e-4, 0.01), o.batch_size, seconds)
+    learner = model.Learner(network, o.device, 1e-3, threads=1)
+    return rate(lambda: learner.update(batch, 1e-4, 0.01, (0.0,)), o.batch_size, seconds)
 
 
 PARTS = {"player": player_rate, "forward": forward_rate, "train": train_rate}
@@ -119,9 +126,18 @@ def parts_alone(o, env_id: str, seconds: float) -> dict[str, float]:
     """States per second of each part on one core, and the bounds that they imply for all cores.
 
     Once with the other cores idle, once with the same on each of them: cores share memory and
-    caches, and are often halves of one.
+    caches, and are often halves of one. On a GPU one thread at a time predicts and trains, and
+    either it binds or the players do.
     """
     result = {}
+    if o.device.type == "cuda":
+        result["player (all busy)"] = alone("player", o, env_id, seconds, CORES)
+        for part in ("forward", "train"):
+            result[part] = alone(part, o, env_id, seconds)
+        result["bound of the cores"] = CORES * result["player (all busy)"]
+        result["bound of the GPU"] = 1 / (1 / result["forward"] + 1 / result["train"])
+        result["bound"] = min(result["bound of the cores"], result["bound of the GPU"])
+        return result
     for processes, others in ((1, ""), (CORES, " (all busy)")):
         rates = {part: alone(part, o, env_id, seconds, processes) for part in PARTS}
         result |= {part + others: states_per_s for part, states_per_s in rates.items()}
@@ -194,25 +210,23 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
 
     gpu_ms: (forward, train) milliseconds of a simulated GPU, None for the real network.
     """
-    import torch
-
     num_actions = count_actions(env_id)
     if gpu_ms is None:
         network = model.Network(o.network, num_actions)
-        learner = model.Learner(network, torch.device("cpu"), 1e-3, CORES)
+        learner = model.Learner(network, o.device, 1e-3, CORES)
     else:
         gpu = threading.Lock()
         learner = Waiter(Instant(num_actions, gpu_ms[0], gpu), gpu_ms[1] if train else 0, gpu)
     spent = dict.fromkeys(("predict", "answer"), 0.0)
-    real = predictor.predict
+    real = predictor.Replica.predict
     if gpu_ms == (0, 0):  # nothing of torch either
         rows = o.predict_batch_size + o.players_per_simulator
         policy = np.full((rows, num_actions), 1 / num_actions, np.float32)
-        predictor.predict = lambda network, parts, memory: (
+        predictor.Replica.predict = lambda replica, parts: (
             policy[: sum(map(len, parts))],
             policy[: sum(map(len, parts)), 0],
         )
-    undo = [timed(predictor, "predict", spent), timed(predictor.Feed, "answer", spent)]
+    undo = [timed(predictor.Replica, "predict", spent), timed(predictor.Feed, "answer", spent)]
     feed = predictor.Feed(env_id, o, learner, np.random.SeedSequence(0))
     pids: list[int] = []
     states, lags, begin = 0, [], None
@@ -249,7 +263,7 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
         feed.close()
         for restore in undo:
             restore()
-        predictor.predict = real
+        predictor.Replica.predict = real
     us = 1e6 / states
     return {
         "states/s": states / wall,
@@ -305,7 +319,8 @@ def train(args, o, env_id: str) -> None:
         row |= feed_and_train(o, env_id, args.seconds, args.simulate_gpu, train=True)
         if "bound" in row:
             row["share of the bound"] = row["states/s"] / row["bound"]
-            row["share (all busy)"] = row["states/s"] / row["bound (all busy)"]
+            if "bound (all busy)" in row:
+                row["share (all busy)"] = row["states/s"] / row["bound (all busy)"]
         rows.append(row)
     show(f"train, {env_id}, {'simulated GPU' if args.simulate_gpu else o.network}", median(rows))
 
@@ -370,6 +385,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    import torch
+
     parser.add_argument("what", choices=("limits", "pipeline", "train", "ranks", "capacity"))
     parser.add_argument("--seconds", type=float, default=20, help="of each measurement")
     parser.add_argument("--repeat", type=int, default=3, help="runs; figures are their medians")
@@ -380,11 +397,17 @@ def main() -> None:
     given = vars(make_parser().parse_args(["--env", "Breakout-v0", *rest]))
     env_id, network = given.pop("env"), given.get("network", "ba3c")
     del given["task"]
-    o = complete(given | {"network": network}, on_cpu=True)
-    os.environ["PYTHONPATH"] = f"{ROOT}"
+    device = find_devices(given.pop("gpu", None), given.pop("ranks", None))[0]
+    if args.what in ("ranks", "capacity") or args.simulate_gpu:
+        device = torch.device("cpu")
+    o = complete(given | {"network": network}, device.type == "cpu")
+    o.device = device
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     figures = f"{o.simulator_proc} simulators x {o.players_per_simulator} players"
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     print(
-        f"{CORES} cores, {figures}, {o.predictor_thread_per_gpu} predictors, queue {o.queue_size}"
+        f"{CORES} cores, {place}, {figures}, {o.predictor_thread_per_gpu} predictors for up to "
+        f"{o.predict_batch_size} states, queue {o.queue_size}"
     )
     functions = (limits, pipeline, train, ranks, capacity)
     {function.__name__: function for function in functions}[args.what](args, o, env_id)

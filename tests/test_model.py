@@ -13,6 +13,7 @@ from model import Batch, Learner, Network, WeightFileError, load, weights_file
 
 GOLDEN = Path(__file__).parent / "golden" / "golden_A4.npz"
 CPU = torch.device("cpu")
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 BA3C_SHAPES = {
     "conv0/W": (5, 5, 12, 32),
     "conv0/b": (32,),
@@ -72,11 +73,15 @@ def golden():
     return np.load(GOLDEN)
 
 
-@pytest.fixture
-def learner(tmp_path):
+@pytest.fixture(params=["cpu", GPU])
+def learner(tmp_path, request, monkeypatch):
     weights, _ = golden_arrays()
     np.savez(tmp_path / "golden.npz", **weights)
-    return Learner(load(str(tmp_path / "golden.npz"))[0], CPU, adam_epsilon=1e-3, threads=2)
+    network, device = load(str(tmp_path / "golden.npz"))[0], torch.device(request.param)
+    learner = Learner(network, device, adam_epsilon=1e-3, threads=2)
+    torch.set_float32_matmul_precision("highest")  # not TF32, as it trains on a GPU
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return learner
 
 
 def tensorpack_arrays(network, values=None):
@@ -84,7 +89,7 @@ def tensorpack_arrays(network, values=None):
     names = [(model.tensorpack_name(name), parameter) for name, parameter in pairs]
     values = [parameter for _, parameter in names] if values is None else values
     return {
-        name: model.in_tensorpack(v, name).detach().numpy()
+        name: model.in_tensorpack(v, name).detach().cpu().numpy()
         for (name, _), v in zip(names, values, strict=True)
     }
 
@@ -100,7 +105,8 @@ def relative(actual, expected):
 
 def test_forward(learner, golden):
     with torch.no_grad():
-        logits, value = learner.network(golden_arrays()[1].states())
+        results = learner.network(golden_arrays()[1].to(learner.device).states())
+    logits, value = (result.cpu() for result in results)
     np.testing.assert_allclose(logits.numpy(), golden["logits"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(value.numpy(), golden["value"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(logits.softmax(1).numpy(), golden["policy"], rtol=1e-4, atol=1e-6)
@@ -109,7 +115,7 @@ def test_forward(learner, golden):
 @pytest.mark.parametrize("part", [16, 5])
 def test_gradients(learner, golden, monkeypatch, part):
     monkeypatch.setattr(model, "CPU_PART", {"ba3c": part})
-    _, gradients = learner.gradients(golden_arrays()[1], entropy_beta=0.01)
+    _, gradients = learner.gradients(golden_arrays()[1].to(learner.device), entropy_beta=0.01)
     for name, gradient in tensorpack_arrays(learner.network, gradients).items():
         norm, expected = np.linalg.norm(gradient), golden[f"grad_norm/{name}"]
         assert abs(norm / expected - 1) < 1e-3, name

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import Learner, Network
-from predictor import ExperienceQueue, Feed, predict, sample_actions, state_memory
+from predictor import ExperienceQueue, Feed, Replica, sample_actions
 from simulator import Books, Segment
 from tests.games import Count
 
@@ -96,15 +96,17 @@ def test_sampled_actions_follow_the_policy():
 def test_prediction():
     network = Network("a3c", 5)
     states = torch.randint(0, 256, (3, 4, 84, 84, 3), dtype=torch.uint8)
-    parts, memory = [states[:1].numpy(), states[1:].numpy()], state_memory(4, torch.device("cpu"))
-    policy, value = predict(network, parts, memory)
+    parts, replica = [states[:1].numpy(), states[1:].numpy()], Replica(network, 4)
+    policy, value = replica.predict(parts)
     logits, expected = network(states)
     np.testing.assert_allclose(policy, logits.softmax(1).detach().numpy(), rtol=1e-5)
     np.testing.assert_allclose(value, expected.detach().numpy(), rtol=1e-5)
     with torch.no_grad():
         network.fc_v.bias.fill_(float("nan"))
+    replica.predict(parts)  # with weights of its own
+    replica.load(list(network.parameters()), 1)
     with pytest.raises(FloatingPointError):
-        predict(network, parts, memory)
+        replica.predict(parts)
 
 
 def options(**changes):
