@@ -28,7 +28,7 @@ METRICS = (*LOSSES, "importance", "rms_advantage", "predict_reward", "grad_norm"
 # stay in the caches, and threads that never wait for each other lose least to the busy players.
 # Many parts end closer together, few repeat less: measured on two cores (22 makes six of a batch).
 CPU_PART = {"ba3c": 22, "a3c": 64}
-CAPTURE = threading.Lock()
+CAPTURE = threading.Lock()  # CUDA graphs are made one after the other
 
 
 class WeightFileError(OSError):
@@ -173,7 +173,8 @@ def captured(function: Callable) -> Callable:
     """`function`, which reads and writes tensors on a GPU, as a CUDA graph.
 
     One launch takes the place of dozens, for each of which Python's threads would wait for each
-    other. It works on the same memory every time, that of its result too.
+    other. It works on the same memory every time, whatever it is called with, and so does what it
+    returns.
     """
     with CAPTURE:
         stream = torch.cuda.Stream()

@@ -245,7 +245,9 @@ class Feed:
             states.append(books[message.place].observe(message))
         if not messages:
             return
-        weights, version, ready = self.published  # after waiting for the queue: the newest
+        # After waiting for the queue: the newest. They are held until the prediction is there, for
+        # a GPU may read them until then.
+        weights, version, ready = self.published
         if ready is not None:
             torch.cuda.current_stream().wait_event(ready)
         replica.load(weights, version)

@@ -66,6 +66,7 @@ LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
 SIMULATOR_BYTES, PLAYER_BYTES = 5e6, 1.5e6  # what simulators do not share, measured with Breakout
 
 RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz")
+GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, for what a program cannot help
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "pyzmq", "msgpack")
 
 
@@ -784,6 +785,10 @@ def main() -> int:
         sentence, code = "interrupted", 130
     except (UserError, FloatingPointError, OSError) as error:
         sentence, code = str(error), getattr(error, "code", 1)
+    except RuntimeError as error:
+        if type(error).__name__ not in GPU_ERRORS:
+            raise
+        sentence, code = str(error).partition("\n")[0], 1
     print(f"{parser.prog}: {sentence}", file=sys.stderr)
     return code
 

@@ -151,10 +151,30 @@ def test_a_second_ctrl_c_does_not_wait_for_the_iteration(tmp_path):
     ],
 )
 def test_an_exception_ends_everything(tmp_path, fault):
+    done = run_with(fault, tmp_path)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert not processes(tmp_path) and not list(tmp_path.glob("batch-a3c-*"))
+
+
+@pytest.mark.parametrize("error", ["OutOfMemoryError", "AcceleratorError"])
+@pytest.mark.parametrize("place", ["model.Learner.update", "predictor.Replica.predict"])
+def test_what_a_gpu_fails_at_gets_a_sentence(tmp_path, place, error):
+    """As far as that can be seen without one."""
+    fault = "import torch, model, predictor\ndef fail(*_, **__): "
+    fault += f"raise torch.{error}('CUDA error: no more.\\nand much more')\n{place} = fail"
+    done = run_with(fault, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("CUDA error: no more.")
+    assert "Traceback" not in done.stderr and "much" not in done.stderr
+    assert not processes(tmp_path) and not list(tmp_path.glob("batch-a3c-*"))
+
+
+def run_with(fault, tmp_path):
+    """Train a little in a program in which something was replaced."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {fault}\n"
     code += "import train_atari; sys.exit(train_atari.main())"
     args = (*CATCH, *TINY, "--max-epoch", "1", "--output", str(tmp_path / "run"))
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code, *args],
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(tmp_path)},
@@ -162,8 +182,6 @@ def test_an_exception_ends_everything(tmp_path, fault):
         text=True,
         timeout=60,
     )
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
-    assert not processes(tmp_path) and not list(tmp_path.glob("batch-a3c-*"))
 
 
 def test_a_killed_simulator_is_replaced(tmp_path):
