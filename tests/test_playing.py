@@ -194,6 +194,7 @@ def test_a_card_is_read_whatever_the_game_is_called():
 SHIPPED = {
     "Assault": (6, 500),
     "Breakout": (8, 50),
+    "Breakout-ba3c": (4, 20),
     "CrazyClimber": (4, 25_000),
     "KungFuMaster": (6, 3000),
     "Pong": (3, 0),
@@ -201,10 +202,11 @@ SHIPPED = {
 }
 
 
-@pytest.mark.parametrize("game", SHIPPED)
-def test_a_shipped_agent_plays_well(game, tmp_path):
-    episodes, floor = SHIPPED[game]
-    weights = ROOT / "models" / f"{game}-v0.npz"
+@pytest.mark.parametrize("agent", SHIPPED)
+def test_a_shipped_agent_plays_well(agent, tmp_path):
+    episodes, floor = SHIPPED[agent]
+    game, *network = agent.split("-")
+    weights = ROOT / "models" / ("-".join((game, "v0", *network)) + ".npz")
     args = ("--env", f"{game}-v0", "--load", weights, "--episode", episodes, "--output", tmp_path)
     done = run("--task", "eval", *args)
     assert done.returncode == 0, done.stderr
