@@ -677,7 +677,12 @@ def load_agent(given: dict, output: str | None) -> tuple:
         way = f", for example {os.path.relpath(path)}" if os.path.exists(path) else ""
         raise UserError(f"--task {given['task']} needs --load FILE{way}", 2)
     env_id, network, _ = load_for(given.get("env"), given["load"])
-    network.to(find_devices(given.get("gpu"), None)[0])
+    device = find_devices(given.get("gpu"), None)[0]
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.set_device(device)
+    network.to(device)
     output = given.get("output", output)
     if output is not None:
         try:
