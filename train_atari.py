@@ -2,14 +2,14 @@
 """Batch-A3C on Atari games: train an agent, watch it, score it, submit it.
 
   train:         ./train_atari.py --env Breakout-v0 --gpu 0
-  twice as fast: ./train_atari.py --env Breakout-v0 --gpu 0 --simulator-proc 16 \
-                     --players-per-simulator 4 --predict-batch-size 64 \
+  twice as fast: ./train_atari.py --env Breakout-v0 --gpu 0 --simulator-proc 16 \\
+                     --players-per-simulator 4 --predict-batch-size 64 \\
                      --predictor-thread-per-gpu 1    (with 16 cores)
   on a CPU:      ./train_atari.py --env Breakout-v0 --network a3c
   go on:         ./train_atari.py --load train_log/train-atari-Breakout-v0/checkpoint.pt
   watch a model: ./train_atari.py --task play --env Breakout-v0 --load Breakout-v0.npz
   score a model: ./train_atari.py --task eval --env Breakout-v0 --load Breakout-v0.npz --episode 100
-  submit it:     ./train_atari.py --task gen_submit --env Breakout-v0 --load Breakout-v0.npz \
+  submit it:     ./train_atari.py --task gen_submit --env Breakout-v0 --load Breakout-v0.npz \\
                      --output output_dir
 
 play without a display: --output DIR writes videos instead.
