@@ -5,6 +5,7 @@ Sources: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning
 Yong et al. 2020, "Gradient Centralization" (updates that leave the means of filters as they are).
 """
 
+import functools
 import io
 import threading
 import time
@@ -28,7 +29,8 @@ METRICS = (*LOSSES, "importance", "rms_advantage", "predict_reward", "grad_norm"
 # stay in the caches, and threads that never wait for each other lose least to the busy players.
 # Many parts end closer together, few repeat less: measured on two cores (22 makes six of a batch).
 CPU_PART = {"ba3c": 22, "a3c": 64}
-CAPTURE = threading.Lock()  # CUDA graphs are made one after the other
+CAPTURE = threading.Lock()  # CUDA graphs are made one after the other,
+warm_up_stream = functools.cache(torch.cuda.Stream)  # here first, for a stream keeps some memory
 
 
 class WeightFileError(OSError):
@@ -177,7 +179,7 @@ def captured(function: Callable) -> Callable:
     returns.
     """
     with CAPTURE:
-        stream = torch.cuda.Stream()
+        stream = warm_up_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # libraries make what they need, and choose their kernels
@@ -292,7 +294,8 @@ class Learner:
             new = self.memory is None or len(self.memory.actions) != size
             if new:
                 frames = batch.frames.new_empty((FRAME_HISTORY * size, *FRAME_SHAPE))
-                self.memory = batch._replace(frames=frames).to(self.device)
+                columns = batch._replace(frames=frames)
+                self.memory = Batch(*(torch.empty_like(c, device=self.device) for c in columns))
             for memory, column in zip(self.memory, batch, strict=True):
                 memory[: len(column)].copy_(column, non_blocking=True)
             self.copied.record()

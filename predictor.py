@@ -1,4 +1,4 @@
-"""Batched predictor threads, the network they share, and the queue of experience they fill.
+"""Batched predictor threads, their copies of the network, and the queue that they fill.
 
 One thread does everything for its group of simulators: it receives what has arrived, enters it into
 the books, hands finished segments to the trainer, predicts for all new states in one batch, and
@@ -217,7 +217,7 @@ class Feed:
         torch.set_num_threads(1)
         stream = contextlib.nullcontext()
         try:
-            if self.pinned:  # players wait for predictions: they go before updates
+            if self.pinned:  # of another pool than the streams in which graphs are made
                 stream = torch.cuda.stream(torch.cuda.Stream(self.device, priority=-1))
             o = self.options
             books: dict[int, Books] = {}  # by place

@@ -459,7 +459,8 @@ class Training:
                 self.log(f"the run ends: {error}")
                 if not isinstance(error, FloatingPointError) and (self.rows or self.unread):
                     self.save()
-                if isinstance(error, RuntimeError) and self.learner.ranks > 1:
+                others = self.learner.ranks > 1 and type(error).__name__ not in GPU_ERRORS
+                if isinstance(error, RuntimeError) and others:
                     self.check()  # a signal ended the others
                     reason = str(error).partition("\n")[0]
                     raise UserError(f"rank {self.rank} lost the others: {reason}") from error

@@ -87,6 +87,7 @@ def forward_rate(o, env_id: str, seconds: float) -> float:
     size = (o.predict_batch_size, *model.STATE_SHAPE)
     states = torch.randint(0, 256, size, dtype=torch.uint8)
     if o.device.type == "cuda":  # with the way to the GPU and back
+        torch.cuda.set_device(o.device)
         torch.set_float32_matmul_precision("high")
         replica = predictor.Replica(network.to(o.device), len(states))
         return rate(lambda: replica.predict([states.numpy()]), len(states), seconds)
@@ -102,6 +103,7 @@ def train_rate(o, env_id: str, seconds: float) -> float:
     ones = torch.ones(o.batch_size)
     batch = model.Batch(frames, torch.arange(3, 4 * o.batch_size, 4), ones.long(), ones, ones)
     if o.device.type == "cuda":
+        torch.cuda.set_device(o.device)
         batch = model.Batch(*(column.pin_memory() for column in batch))
     network = model.Network(o.network, count_actions(env_id))
     learner = model.Learner(network, o.device, 1e-3, threads=1)
@@ -402,6 +404,8 @@ def main() -> None:
         device = torch.device("cpu")
     o = complete(given | {"network": network}, device.type == "cpu")
     o.device = device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     figures = f"{o.simulator_proc} simulators x {o.players_per_simulator} players"
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"

@@ -58,7 +58,7 @@ def test_predictions_are_those_of_the_cpu_while_weights_change():
     """In a stream of its own, out of pinned memory, with weights that are replaced meanwhile."""
     torch.manual_seed(0)
     network = Network("ba3c", 4)
-    on_cpu, stream = Replica(network, 9), torch.cuda.Stream()
+    on_cpu, stream = Replica(network, 9), torch.cuda.Stream(priority=-1)
     states = np.random.default_rng(0).integers(256, size=(9, 4, 84, 84, 3), dtype=np.uint8)
     with torch.cuda.stream(stream):
         on_gpu = Replica(copy.deepcopy(network).to(CUDA), 16)
@@ -83,30 +83,33 @@ def test_graphs_are_made_while_others_predict_and_train():
     network = Network("a3c", 4).to(CUDA)
     learner = Learner(network, CUDA, 1e-3, threads=1)
     _, batch = golden_arrays()
-    done, errors = threading.Event(), []
+    done, errors, predictions = threading.Event(), [], [0, 0, 0]
 
-    def predict():
+    def predict(number):
         try:
-            with torch.cuda.stream(torch.cuda.Stream()):
+            with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
                 replica = Replica(network, 4)
                 while not done.is_set():
                     replica.predict([np.zeros((3, 4, 84, 84, 3), np.uint8)])
+                    predictions[number] += 1
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=predict) for _ in range(3)]
+    threads = [threading.Thread(target=predict, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
-    for size in (16, 8, 16, 5):
-        part = batch.split(size)[0]._replace(frames=batch.frames[: 4 * size])
-        norms = [learner.update(part, 0.0, 0.01)[-1].item() for _ in range(5)]
-        gradients = Learner(network, CUDA, 1e-3, threads=1).gradients(part, 0.01)[1]
-        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
-        assert norms == pytest.approx(5 * [norm.item()], rel=1e-3)
-    done.set()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    try:
+        for size in (16, 8, 16, 5):
+            part = batch.split(size)[0]._replace(frames=batch.frames[: 4 * size])
+            norms = [learner.update(part, 0.0, 0.01)[-1].item() for _ in range(5)]
+            gradients = Learner(network, CUDA, 1e-3, threads=1).gradients(part, 0.01)[1]
+            norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+            assert norms == pytest.approx(5 * [norm.item()], rel=1e-3)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not errors and min(predictions) > 0
 
 
 def test_a_batch_has_left_the_queue_when_its_update_returns():
@@ -147,7 +150,7 @@ def test_it_learns_on_a_gpu_and_goes_on_without_one(tmp_path):
     assert stats[-1]["train_score"] >= 3.5 and stats[-1]["mean_score"] >= 3
     assert all(0 < epoch["policy_lag"] <= 3 for epoch in stats)
     checkpoint = path / "checkpoint.pt"
-    for more, device in ((("--ranks", 1), "cpu"), ((), "cuda:0")):  # and back
+    for more, device in ((("--ranks", 1), "cpu"), (("--gpu", 0), "cuda:0")):  # and back
         epochs = len(json.loads((path / "stats.json").read_text())) + 1
         done = run("--load", checkpoint, "--max-epoch", epochs, *more)
         assert done.returncode == 0 and re.search(f"device +{device}", done.stdout), done.stderr
@@ -163,7 +166,8 @@ def test_it_learns_on_a_gpu_and_goes_on_without_one(tmp_path):
     assert min(scores) >= 3
 
 
-def test_torchrun_connects_ranks_by_nccl(tmp_path):
+def test_torchrun_starts_a_rank_on_a_gpu(tmp_path):
+    """One, where there is nothing to average: several ranks need several GPUs."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node", "1"]
     size = (*SMALL, "--steps-per-epoch", 20, "--batch-size", 16, "--max-epoch", 1)
