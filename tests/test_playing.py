@@ -196,7 +196,7 @@ SHIPPED = {
     "Breakout": (8, 50),
     "Breakout-ba3c": (4, 20),
     "CrazyClimber": (4, 25_000),
-    "KungFuMaster": (6, 3000),
+    "KungFuMaster": (6, 5000),
     "Pong": (3, 0),
     "RoadRunner": (6, 5000),
 }
