@@ -117,9 +117,12 @@ class Batch(NamedTuple):
     action_probs: torch.Tensor  # (B,) float32, when the action was chosen
     future_rewards: torch.Tensor  # (B,) float32, the n-step returns
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; out of pinned memory it is copied without waiting."""
-        return Batch(*(column.to(device, non_blocking=True) for column in self))
+    @classmethod
+    def empty(cls, size: int, **how) -> "Batch":
+        """Memory for `size` states of which no two share a frame; how: options of torch.empty."""
+        frames = torch.empty((FRAME_HISTORY * size, *FRAME_SHAPE), dtype=torch.uint8, **how)
+        dtypes = (*2 * [torch.int64], *2 * [torch.float32])
+        return cls(frames, *(torch.empty(size, dtype=dtype, **how) for dtype in dtypes))
 
     def split(self, size: int) -> list["Batch"]:
         """Consecutive parts of at most `size` states."""
@@ -293,9 +296,7 @@ class Learner:
         if self.cuda:
             new = self.memory is None or len(self.memory.actions) != size
             if new:
-                frames = batch.frames.new_empty((FRAME_HISTORY * size, *FRAME_SHAPE))
-                columns = batch._replace(frames=frames)
-                self.memory = Batch(*(torch.empty_like(c, device=self.device) for c in columns))
+                self.memory = Batch.empty(size, device=self.device)
             for memory, column in zip(self.memory, batch, strict=True):
                 memory[: len(column)].copy_(column, non_blocking=True)
             self.copied.record()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import simulator
 from common import count_cores, evaluate
-from model import FRAME_HISTORY, FRAME_SHAPE, STATE_SHAPE, Batch, Learner, Network, captured
+from model import FRAME_HISTORY, STATE_SHAPE, Batch, Learner, Network, captured
 from simulator import Books, Fleet, Master, Message, Segment, VectorPlayers
 
 EVAL_PLAYERS = 16  # side by side in an evaluation
@@ -39,15 +39,9 @@ class ExperienceQueue:
     def __init__(self, batch_size: int, size: int, pinned: bool = False):
         self.batch_size, self.size = batch_size, size
 
-        def empty_batch() -> Batch:
-            frames = (FRAME_HISTORY * batch_size, *FRAME_SHAPE)  # if no two states share one
-            shapes = (frames, *4 * [(batch_size,)])
-            dtypes = (torch.uint8, *2 * [torch.int64], *2 * [torch.float32])
-            columns = zip(shapes, dtypes, strict=True)
-            return Batch(*(torch.empty(s, dtype=d, pin_memory=pinned) for s, d in columns))
-
         # What waits (size, and the rest of a segment that was let in last), and what is trained on.
-        self.batches = [empty_batch() for _ in range(-(-size // batch_size) + 2)]
+        count = -(-size // batch_size) + 2
+        self.batches = [Batch.empty(batch_size, pin_memory=pinned) for _ in range(count)]
         self.arrays = [tuple(column.numpy() for column in batch) for batch in self.batches]
         self.versions = np.zeros((len(self.batches), batch_size), np.int64)
         self.frame_counts = [0] * len(self.batches)

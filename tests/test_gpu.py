@@ -48,7 +48,7 @@ def test_tf32_is_near_float32(kind):
     on_cpu = Learner(copy.deepcopy(network), torch.device("cpu"), 1e-3, threads=2)
     on_gpu = Learner(network, CUDA, 1e-3, threads=2)
     expected, gradients = on_cpu.gradients(batch, 0.01)
-    terms, results = on_gpu.gradients(batch.to(CUDA), 0.01)
+    terms, results = on_gpu.gradients(batch, 0.01)
     assert relative(terms.cpu().numpy(), expected.numpy()) < 1e-2
     for result, gradient in zip(results, gradients, strict=True):
         assert relative(result.cpu().numpy(), gradient.numpy()) < 5e-2
