@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import simulator
 from common import count_cores, evaluate
-from model import FRAME_HISTORY, STATE_SHAPE, Batch, Learner, Network, captured
+from model import FRAME_HISTORY, STATE_SHAPE, Batch, Learner, Network, captured, in_bfloat16
 from simulator import Books, Fleet, Master, Message, Segment, VectorPlayers
 
 EVAL_PLAYERS = 16  # side by side in an evaluation
@@ -118,13 +118,14 @@ class Replica:
     changes meanwhile.
     """
 
-    def __init__(self, network: Network, size: int):
-        self.network = copy.deepcopy(network).requires_grad_(False)
+    def __init__(self, network: Network, size: int, bfloat16: bool = False):
+        copied = in_bfloat16(network) if bfloat16 else copy.deepcopy(network)
+        self.network = copied.requires_grad_(False)
         self.weights = list(self.network.parameters())
         device = self.weights[0].device
         self.cuda, self.version = device.type == "cuda", -1
-        # uint8 travels best to a GPU; on a CPU the network needs float32: one copy less.
-        dtype = torch.uint8 if self.cuda else torch.float
+        # uint8 travels best; where the network needs float32 at once: one copy less.
+        dtype = torch.uint8 if self.cuda or bfloat16 else torch.float
         self.memory = torch.empty((size, *STATE_SHAPE), dtype=dtype, pin_memory=self.cuda)
         if self.cuda:  # a graph predicts for as many states as it was made for
             self.states = torch.zeros_like(self.memory, device=device)
@@ -218,7 +219,7 @@ class Feed:
             rng = np.random.default_rng(seed)
             size = max(o.predict_batch_size, master.players)
             with stream:
-                replica = Replica(self.network, size)
+                replica = Replica(self.network, size, o.bfloat16)
                 while not self.queue.closed:
                     self.answer(master.receive(size, POLL_MS), master, books, rng, replica)
         except BaseException as error:  # whatever it is ends the run, so the trainer must know

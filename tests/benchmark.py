@@ -89,8 +89,9 @@ def forward_rate(o, env_id: str, seconds: float) -> float:
     if o.device.type == "cuda":  # with the way to the GPU and back
         torch.cuda.set_device(o.device)
         torch.set_float32_matmul_precision("high")
-        replica = predictor.Replica(network.to(o.device), len(states))
+        replica = predictor.Replica(network.to(o.device), len(states), o.bfloat16)
         return rate(lambda: replica.predict([states.numpy()]), len(states), seconds)
+    network = model.in_bfloat16(network) if o.bfloat16 else network
     with torch.inference_mode():
         return rate(lambda: network(states), len(states), seconds)
 
@@ -106,7 +107,7 @@ def train_rate(o, env_id: str, seconds: float) -> float:
         torch.cuda.set_device(o.device)
         batch = model.Batch(*(column.pin_memory() for column in batch))
     network = model.Network(o.network, count_actions(env_id))
-    learner = model.Learner(network, o.device, 1e-3, threads=1)
+    learner = model.Learner(network, o.device, 1e-3, threads=1, bfloat16=o.bfloat16)
     return rate(lambda: learner.update(batch, 1e-4, 0.01, (0.0,)), o.batch_size, seconds)
 
 
@@ -215,7 +216,7 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
     num_actions = count_actions(env_id)
     if gpu_ms is None:
         network = model.Network(o.network, num_actions)
-        learner = model.Learner(network, o.device, 1e-3, CORES)
+        learner = model.Learner(network, o.device, 1e-3, CORES, bfloat16=o.bfloat16)
     else:
         gpu = threading.Lock()
         learner = Waiter(Instant(num_actions, gpu_ms[0], gpu), gpu_ms[1] if train else 0, gpu)

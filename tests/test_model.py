@@ -1,5 +1,6 @@
 """The maths against figures that the original computed, and weight files both ways."""
 
+import copy
 import os
 import pickle
 from pathlib import Path
@@ -319,6 +320,32 @@ def test_centered_filters_learn_but_keep_their_means():
         assert filters.mean((2, 3)).abs().max() < 1e-6 < 1e-2 < filters.std()
     state = torch.full((1, 4, 84, 84, 3), 99, dtype=torch.uint8)  # the same all over each window
     assert network.first_layer(state, False).std((2, 3)).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["ba3c", "a3c"])
+@pytest.mark.parametrize("place", ["cpu", GPU])
+def test_bfloat16_is_near_float32_and_weights_are_not_rounded(kind, place):
+    _, batch = golden_arrays()
+    torch.manual_seed(0)
+    network = Network(kind, 4)
+    exact = Learner(copy.deepcopy(network), CPU, 1e-3, threads=2)
+    learner = Learner(network, torch.device(place), 1e-3, threads=2, bfloat16=True)
+    for rate in (1e-6, 1e-3, 0):  # the first changes no weight by as much as bfloat16 tells apart
+        old = [parameter.detach().cpu().clone() for parameter in network.parameters()]
+        exact.load_state_dict(learner.state_dict())
+        expected, gradients = exact.gradients(batch, 0.01)
+        terms, results = learner.gradients(batch, 0.01)
+        assert relative(terms.cpu().numpy(), expected.numpy()) < 2e-2
+        for result, gradient in zip(results, gradients, strict=True):
+            assert result.dtype == torch.float32
+            assert relative(result.cpu().numpy(), gradient.numpy()) < 0.25  # the first layer's
+        fc0 = list(dict(network.named_parameters())).index("fc0.weight")
+        assert relative(results[fc0].cpu().numpy(), gradients[fc0].numpy()) > 1e-4
+        exact.update(batch, rate, 0.01)
+        learner.update(batch, rate, 0.01)
+        for before, a, b in zip(old, exact.parameters, learner.parameters, strict=True):
+            change = (a.detach() - before).numpy()
+            assert not rate or relative(b.detach().cpu().numpy() - before.numpy(), change) < 0.25
 
 
 def test_resumed_learner_makes_the_same_next_update(tmp_path):

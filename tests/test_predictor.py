@@ -109,10 +109,29 @@ def test_prediction():
         replica.predict(parts)
 
 
+def test_prediction_in_bfloat16():
+    network = Network("ba3c", 5)
+    states = np.random.default_rng(0).integers(256, size=(3, 4, 84, 84, 3), dtype=np.uint8)
+    exact, replica = Replica(network, 3), Replica(network, 3, bfloat16=True)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    for version in (1, 2):
+        results = []
+        for one in (exact, replica):
+            one.load(list(network.parameters()), version)
+            results.append(np.column_stack(one.predict([states])))
+        np.testing.assert_allclose(*results, rtol=5e-2, atol=5e-2)
+        assert np.abs(results[0] - results[1]).max() > 1e-5
+        np.testing.assert_allclose(results[1][:, :-1].sum(1), 1, rtol=1e-5)  # its head is exact
+        with torch.no_grad():
+            network.fc_pi.bias += torch.arange(5)
+
+
 def options(**changes):
     values = {"batch_size": 32, "queue_size": 32, "local_time_max": 5, "gamma": 0.5}
     values |= {"simulator_proc": 4, "players_per_simulator": 3, "predict_batch_size": 8}
-    values |= {"predictor_thread_per_gpu": 2, "listen": None, "key": None}
+    values |= {"predictor_thread_per_gpu": 2, "bfloat16": 0, "listen": None, "key": None}
     return SimpleNamespace(**(values | changes))
 
 

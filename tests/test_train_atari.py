@@ -137,9 +137,11 @@ def test_resume(tmp_path):
     assert len(json.loads((other / "stats.json").read_text())) == 4
 
 
-def test_new_run_from_weights(trained, tmp_path):
+@pytest.mark.parametrize("bfloat16", [0, 1])
+def test_new_run_from_weights(trained, tmp_path, bfloat16):
     path = tmp_path / "run"
     args = ("--env", "tests.games:Catch-v0", "--load", trained[0] / "model-best.npz")
+    args += ("--bfloat16", bfloat16)  # weights are float32 all the same
     done = run(*args, *TINY, "--max-epoch", 1, "--learning-rate", "1e-12", "--output", path)
     assert done.returncode == 0, done.stderr
     stats = json.loads((path / "stats.json").read_text())
