@@ -224,9 +224,10 @@ class Nursery:
             os.dup2(self.life[0], 0)
             os.close(self.life[1])
             if log is not None:
-                output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
+                with contextlib.suppress(OSError):  # on a full disk: into that of this process
+                    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                    os.dup2(output, 1)
+                    os.dup2(output, 2)
             code = run(self.a, lambda: simulate(self.a, self.envs, identity, address, shared))
         except BaseException:
             traceback.print_exc()
@@ -697,34 +698,38 @@ class Fleet:
 
 
 class VectorPlayers(Fleet):
-    """At least `num_players` players in processes on all cores that step together.
+    """`num_players` players in processes on all cores that step together.
 
-    None is replaced: an episode that was played in part cannot be scored.
+    No process is replaced: an episode that was played in part cannot be scored.
     """
 
     attempts = 1
 
     def __init__(self, env_id: str, num_players: int, seed: int, check: Callable, *options):
-        processes = min(num_players, count_cores())
-        super().__init__(env_id, processes, -(-num_players // processes), 1, seed, *options)
-        self.num_players, self.check_run = self.masters[0].num_players, check
+        of_each = -(-num_players // count_cores())
+        processes = -(-num_players // of_each)
+        super().__init__(env_id, processes, of_each, 1, seed, *options)
+        self.num_players, self.check_run = num_players, check
+        self.unused = processes * of_each - num_players  # of the last process; nobody sees them
         self.waiting: list[Message] = []
 
     def step(self, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Act, (n,), or start (None): frames (n, 84, 84, 3), rewards (n,), is_over (n,)."""
         master = self.masters[0]
+        if self.waiting:
+            actions = np.pad(actions, (0, self.unused))
         for message in self.waiting:
             first = message.place * master.players
             master.reply(message, actions[first : first + master.players].tolist())
         self.waiting = []
         while len(self.waiting) < len(self.identities):
-            self.waiting += master.receive(self.num_players, timeout_ms=200)
+            self.waiting += master.receive(master.num_players, timeout_ms=200)
             self.check_run()
             for event in self.check():
                 raise UserError(event)
         self.waiting.sort(key=lambda message: message.place)
         columns = zip(*((m.frames, m.rewards, m.is_over) for m in self.waiting), strict=True)
-        return tuple(np.concatenate(column) for column in columns)
+        return tuple(np.concatenate(column)[: self.num_players] for column in columns)
 
 
 def run(a: argparse.Namespace, work: Callable[[], None]) -> int:

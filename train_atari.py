@@ -99,6 +99,15 @@ def switch(text: str) -> int:
     return ("0", "1").index(text)
 
 
+def in_environment(name: str, default: int) -> int:
+    """A number that torchrun or `launch` has left for a rank; UserError for anything else."""
+    try:
+        return whole(os.environ.get(name, str(default)))
+    except ValueError as error:
+        text = f"{name} is {os.environ[name]!r} in the environment, which is not a number"
+        raise UserError(text, 2) from error
+
+
 def scheduled(text: str, epoch: int) -> float:
     """The value of a schedule, `VALUE,EPOCH:VALUE,...`, in `epoch`, counted from 1."""
     steps = [step.split(":") for step in ("1:" + text).split(",")]
@@ -189,7 +198,7 @@ def join_ranks(devices: list):
     """The device of this rank; where there are several, they are connected now."""
     import torch
 
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    rank, local = in_environment("RANK", 0), in_environment("LOCAL_RANK", 0)
     device = devices[local % len(devices)]
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -204,7 +213,7 @@ def join_ranks(devices: list):
         wait = datetime.timedelta(days=1)
         try:
             torch.distributed.init_process_group(backend, timeout=wait)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"rank {rank} cannot join the others: {reason}") from error
         signal.signal(signal.SIGTERM, handler)
@@ -295,12 +304,15 @@ def open_run(path: str, goes_on: bool):
         way = f"go on with it by --load {checkpoint}, or name another --output"
         raise UserError(f"{path} holds a run ({', '.join(present)}): {way}", 2)
     try:
+        path.encode()
         os.makedirs(path, exist_ok=True)
         log_file = open(os.path.join(path, "log.log"), "a", buffering=1)  # noqa: SIM115
         fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return log_file
     except BlockingIOError as error:
         raise UserError(f"another process is training in {path}", 2) from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path!a}: TensorBoard needs a name in UTF-8", 2) from error
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}", 2) from error
 
@@ -319,27 +331,27 @@ class Training:
 
         self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, path
         self.options, self.log_file = options, log_file
-        self.rank = int(os.environ.get("RANK", 0))
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.rank, local = in_environment("RANK", 0), in_environment("LOCAL_WORLD_SIZE", 1)
         if self.rank:
             self.options.listen = None
         self.columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
         # Epochs and iterations done, iterations of this epoch done, starts of this program.
         self.at = {"epoch": 0, "global_step": 0, "epoch_step": 0, "starts": 0, "best_score": None}
         self.at |= {"elapsed_s": 0.0, "evaluated_s": 0.0}
+        self.at["due"] = False  # an epoch's evaluation: its iterations are done
         self.stats: list[dict] = []  # of the epochs done
         self.unwritten: dict[str, OSError] = {}  # files of the run that are out of date, and why
         self.rows: list[np.ndarray] = []  # of this epoch's iterations: a value for each column
         self.unread: list = []  # iterations whose metrics are still on the device
         self.began = self.logged = self.saved = time.monotonic()
         self.shown, self.signal = 0, None
-        threads = max(1, count_cores() // local)
+        threads = max(1, count_cores() // max(1, local))
         how = {"center_filters": options.center_filters, "bfloat16": options.bfloat16}
         self.learner = model.Learner(network, device, options.adam_epsilon, threads, **how)
         if saved:
             self.learner.load_state_dict(saved["learner"])
             torch.set_rng_state(saved["rng"])
-            self.at, self.stats = saved["at"], saved["stats"]
+            self.at, self.stats = self.at | saved["at"], saved["stats"]
             if not os.path.exists(os.path.join(path, "model-best.npz")):
                 self.at["best_score"] = None
             done = "{global_step} iterations, {epoch} epochs, best score {best_score}"
@@ -370,6 +382,8 @@ class Training:
             "ranks": f"{ranks}, each with these players; an iteration has {ranks} batches",
             "policy lag": f"{lag:.1f} updates when the trainer binds; with fewer players less",
         }
+        if o.bfloat16:
+            facts["network"] += ", in bfloat16"
         if self.device.type == "cpu" and network.kind == "ba3c":
             facts["network"] += "; --network a3c is several times faster on a CPU"
             # Of the work for a state its update is about 0.8; the rest are prediction and player.
@@ -441,7 +455,7 @@ class Training:
 
         from predictor import Feed
 
-        if self.at["epoch"] >= self.options.max_epoch:
+        if self.at["epoch"] >= self.options.max_epoch and not self.at["due"]:
             self.save()
             raise UserError(f"the run is done: {self.at['epoch']} epochs (--max-epoch)", 0)
         seeds = np.random.SeedSequence((self.options.seed, self.at["starts"], self.rank))
@@ -453,9 +467,10 @@ class Training:
         self.feed = Feed(self.env_id, self.options, self.learner, seeds)
         with contextlib.closing(self.feed):
             try:
-                while self.at["epoch"] < self.options.max_epoch:
+                while self.at["epoch"] < self.options.max_epoch or self.at["due"]:
                     self.check()
-                    self.run_epoch()
+                    if not self.at["due"]:
+                        self.run_epoch()
                     self.end_epoch()
             except Exception as error:
                 self.log(f"the run ends: {error}")
@@ -571,19 +586,21 @@ class Training:
                     self.writer.add_scalar(name, value, self.at["global_step"])
 
     def end_epoch(self) -> None:
-        """Evaluate if it is time, and write down how the epoch went."""
-        metrics = self.means(0, time.monotonic() - self.epoch_began)
-        metrics |= {"mean_score": None, "max_score": None}
-        epoch = self.at["epoch"] + 1
-        self.at |= {"epoch": epoch, "epoch_step": 0}
-        self.stats.append({"epoch_num": epoch, "global_step": self.at["global_step"]} | metrics)
+        """Write down how the epoch went, and evaluate if it is time."""
+        if not self.at["due"]:  # otherwise a run goes on that ended in the evaluation
+            metrics = self.means(0, time.monotonic() - self.epoch_began)
+            metrics |= {"mean_score": None, "max_score": None}
+            self.at |= {"epoch": self.at["epoch"] + 1, "epoch_step": 0, "due": True}
+            done = {"epoch_num": self.at["epoch"], "global_step": self.at["global_step"]}
+            self.stats.append(done | metrics)
+        epoch = self.at["epoch"]
         if self.learner.ranks > 1:
             self.learner.check_ranks()
         if self.rank == 0 and (epoch % EVAL_EPOCH == 0 or epoch == self.options.max_epoch):
             self.save()  # so that an end in the evaluation loses nothing
-            metrics |= self.evaluate()
-            self.stats[-1] |= metrics
-        self.add_scalars(metrics)
+            self.stats[-1] |= self.evaluate()
+        self.at["due"] = False
+        self.add_scalars(dict(list(self.stats[-1].items())[2:]))  # all behind epoch and step
         self.save()
         self.log(f"epoch {epoch} is done\n" + tabulate(self.stats[-1].items()))
         self.logged = time.monotonic()
@@ -601,7 +618,7 @@ class Training:
         log(f"{episodes} episodes in {seconds:.0f} s at most")
         try:
             done = score(self.env_id, network, episodes, seed, log, seconds, self.check)
-        except UserError as error:
+        except (UserError, OSError) as error:  # there is no room for its players on a full disk
             self.check()  # if it is not an evaluation's, it is raised here
             log(f"given up: {error}")
             return {}
@@ -661,9 +678,9 @@ def task_train(given: dict) -> None:
 
     devices = find_devices(gpus, ranks)
     # What is wrong is said here, before ranks wait for each other.
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", len(devices)))
+    local = max(1, in_environment("LOCAL_WORLD_SIZE", len(devices)))
     options = complete(chosen, devices[0].type == "cpu", local)
-    log_file = None if int(os.environ.get("RANK", 0)) else open_run(path, goes_on)
+    log_file = None if in_environment("RANK", 0) else open_run(path, goes_on)
     if len(devices) > 1 and "RANK" not in os.environ:
         log_file.close()  # rank 0 opens it again
         return launch(len(devices))
@@ -788,6 +805,9 @@ def main() -> int:
     on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
     if INTERRUPTIBLE:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout is None:  # it was closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout.reconfigure(line_buffering=True)  # into a pipe too: somebody may be reading
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of a rank: its launcher blocked them
         TASKS[given["task"]](given)
@@ -805,4 +825,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody reads it any more: Python must not try again, and fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

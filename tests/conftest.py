@@ -10,6 +10,8 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+os.environ.pop("PYTHONUNBUFFERED", None)  # few users have it
+
 # Programs that tests start do not see the GPUs of a machine, so that they are tested with the same
 # options everywhere; this process does, and what test_gpu.py starts. Another process of pytest's,
 # which tests in parallel, finds in GPUS_OF_TESTS what there was before.

@@ -105,6 +105,42 @@ def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path):
         signal.signal(signal.SIGHUP, handler)
 
 
+def test_ctrl_c_where_nobody_reads_what_is_printed(tmp_path):
+    """As in `train_atari.py ... | tee log`, where it ends tee first."""
+    with training(tmp_path) as (process, _):
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read().splitlines()[1:] == []
+    assert load(str(tmp_path / "run" / "checkpoint.pt"))[1]["at"]["global_step"] > 0
+
+
+def test_an_evaluation_without_room_for_its_players_is_given_up(tmp_path):
+    fault = "import predictor\ndef full(*_): raise OSError(28, 'No space left on device')\n"
+    done = run_with(fault + "predictor.VectorPlayers = full", tmp_path)
+    assert done.returncode == 0 and "given up: [Errno 28]" in done.stdout
+
+
+def test_an_evaluation_that_was_interrupted_is_played_again(tmp_path):
+    path = tmp_path / "run"
+    limits = ("--max-epoch", 1, "--eval-episode", 2)
+    args = command(*CATCH, *FINE, "--steps-per-epoch", 300, *limits, "--output", path)
+    process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("episodes in" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (path / "model-best.npz").exists()
+    for words in ("evaluation: mean", "the run is done"):
+        done = run("--load", path / "checkpoint.pt")
+        assert done.returncode == 0 and words in done.stdout + done.stderr
+        (epoch,) = json.loads((path / "stats.json").read_text())
+        assert epoch["global_step"] == 300 and (path / "model-best.npz").exists()
+
+
 def test_ctrl_c_twice_in_a_moment_is_one(tmp_path):
     """`timeout` signals a program, and then its group."""
     with training(tmp_path) as (process, _):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zmq
 
+import simulator
 from common import UserError
 from simulator import FRAME_BYTES, Books, Fleet, Master, Message, VectorPlayers, undisturbed
 
@@ -292,6 +293,18 @@ def test_a_simulator_that_breaks_says_why():
         with pytest.raises(UserError, match=r"simulator 0 ended with code 1.*the game broke"):
             for actions in (None, *[np.array([1])] * 100):
                 players.step(actions)
+    finally:
+        players.close()
+
+
+@pytest.mark.parametrize("cores, processes", [(1, 1), (3, 3), (6, 4), (12, 7)])
+def test_there_are_as_many_players_as_wanted_on_any_number_of_cores(monkeypatch, cores, processes):
+    monkeypatch.setattr(simulator, "count_cores", lambda: cores)
+    players = VectorPlayers("tests.games:Count-v0", 7, seed=5, check=lambda: None)
+    try:
+        assert players.num_players == 7 and len(players.identities) == processes
+        for actions in (None, np.zeros(7, int), np.ones(7, int)):
+            assert [len(column) for column in players.step(actions)] == [7, 7, 7]
     finally:
         players.close()
 

@@ -264,6 +264,7 @@ def test_an_error_in_a_simulator_ends_the_run(tmp_path):
         (("--task", "eval", "--env", "Pong-v0"), 2, "--load"),
         (("--env", "Pong-v0", "--output", "/dev/null/run"), 2, "cannot write"),
         (("--env", "Pong-v0", "--output", __file__), 2, "cannot write"),
+        (("--env", "Pong-v0", "--output", "\udcff"), 2, "needs a name in UTF-8"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, args, code, text):
@@ -273,6 +274,20 @@ def test_bad_input_gets_one_sentence(tmp_path, args, code, text):
     assert len(lines) == 1 and text in lines[0]
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, value, code, text",
+    [
+        ("RANK", "", 2, "RANK is '' in the environment, which is not a number"),
+        ("LOCAL_WORLD_SIZE", "x", 2, "LOCAL_WORLD_SIZE is 'x' in the environment"),
+        ("RANK", "0", 1, "rank 0 cannot join the others"),
+    ],
+)
+def test_a_rank_without_the_others_gets_one_sentence(tmp_path, name, value, code, text):
+    done = run(*CATCH, "--output", tmp_path / "run", env=os.environ | {name: value})
+    assert done.returncode == code
+    assert len(done.stderr.splitlines()) == 1 and text in done.stderr
 
 
 def test_weights_that_do_not_fit(trained, tmp_path):
