@@ -29,6 +29,7 @@ FRAME_SHAPE = (*IMAGE_SIZE, 3)
 STATE_SHAPE = (FRAME_HISTORY, *FRAME_SHAPE)  # oldest frame first
 MAX_EPISODE_STEPS = 10_000  # agent steps; ale-py itself sets no limit for the -v0 games
 RANDOM_ACTIONS = 0.01  # share of random actions in playing and evaluation
+CPU_LIMIT = "/sys/fs/cgroup/cpu.max"  # of a container: microseconds of all cores, in so many
 VIDEO_FPS = 20  # agent steps per second: the games have 60 frames, a step of -v0 takes 3 on average
 
 cv2.setNumThreads(1)  # the processes share the cores; a resize is too small to share
@@ -45,10 +46,13 @@ class UserError(Exception):
 
 
 def count_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, by its affinity and by the limit of its container."""
+    affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError), open(CPU_LIMIT) as file:  # ValueError: "max"
+        quota, period = map(int, file.read().split())
+        cores = min(cores, max(1, -(-quota // period)))
+    return cores
 
 
 def make_env(env_id: str, window: bool = False) -> gymnasium.Env:

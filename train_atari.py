@@ -183,7 +183,8 @@ def find_devices(gpus: str | None, ranks: int | None) -> list:
     """The torch devices of this machine that --gpu and --ranks name, one for each rank."""
     import torch
 
-    available = torch.cuda.device_count()
+    # The driver may know GPUs for which it is too old: torch says so, and the CPU is there.
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus is None and (ranks or not available):
         return [torch.device("cpu")] * (ranks or 1)
     chosen = gpus.split(",") if gpus is not None else map(str, range(available))
@@ -805,8 +806,9 @@ def main() -> int:
     on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
     if INTERRUPTIBLE:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stdout is None:  # it was closed
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.stdout.reconfigure(line_buffering=True)  # into a pipe too: somebody may be reading
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of a rank: its launcher blocked them

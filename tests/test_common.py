@@ -1,5 +1,6 @@
 """Players against the rules of the game, and scoring."""
 
+import os
 import subprocess
 import sys
 
@@ -226,3 +227,14 @@ def test_files_that_belong_together_take_their_places_together(tmp_path):
         common.write_files({one: b"new", two: str(tmp_path / "nowhere")})
     assert (tmp_path / "one").read_bytes() == b"1" and (tmp_path / "two").read_bytes() == b"2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copied", "one", "two", "video"]
+
+
+@pytest.mark.parametrize(
+    "limit, cores", [("max 100000", 8), ("250000 100000", 3), ("5000 100000", 1), (None, 8)]
+)
+def test_a_container_may_use_what_it_is_given(monkeypatch, tmp_path, limit, cores):
+    monkeypatch.setattr(common, "CPU_LIMIT", str(tmp_path / "cpu.max"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(limit + "\n")
+    assert common.count_cores() == cores

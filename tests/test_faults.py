@@ -115,6 +115,13 @@ def test_ctrl_c_where_nobody_reads_what_is_printed(tmp_path):
     assert load(str(tmp_path / "run" / "checkpoint.pt"))[1]["at"]["global_step"] > 0
 
 
+def test_it_runs_without_output_and_errors(tmp_path):
+    path = tmp_path / "run"
+    args = " ".join(command(*CATCH, *TINY, "--max-epoch", 1, "--output", path))
+    assert subprocess.run(f"{args} >&- 2>&-", shell=True, cwd=ROOT).returncode == 0
+    assert "epoch 1 is done" in (path / "log.log").read_text()
+
+
 def test_an_evaluation_without_room_for_its_players_is_given_up(tmp_path):
     fault = "import predictor\ndef full(*_): raise OSError(28, 'No space left on device')\n"
     done = run_with(fault + "predictor.VectorPlayers = full", tmp_path)
