@@ -100,11 +100,11 @@ def switch(text: str) -> int:
 
 
 def in_environment(name: str, default: int) -> int:
-    """A number that torchrun or `launch` has left for a rank; UserError for anything else."""
+    """A number that torchrun or `launch` has left for a rank: from 1 if the default is."""
     try:
-        return whole(os.environ.get(name, str(default)))
+        return (count if default else whole)(os.environ.get(name, str(default)))
     except ValueError as error:
-        text = f"{name} is {os.environ[name]!r} in the environment, which is not a number"
+        text = f"{name} is {os.environ[name]!r} in the environment, which is no such number"
         raise UserError(text, 2) from error
 
 
@@ -346,7 +346,7 @@ class Training:
         self.unread: list = []  # iterations whose metrics are still on the device
         self.began = self.logged = self.saved = time.monotonic()
         self.shown, self.signal = 0, None
-        threads = max(1, count_cores() // max(1, local))
+        threads = max(1, count_cores() // local)
         how = {"center_filters": options.center_filters, "bfloat16": options.bfloat16}
         self.learner = model.Learner(network, device, options.adam_epsilon, threads, **how)
         if saved:
@@ -679,7 +679,7 @@ def task_train(given: dict) -> None:
 
     devices = find_devices(gpus, ranks)
     # What is wrong is said here, before ranks wait for each other.
-    local = max(1, in_environment("LOCAL_WORLD_SIZE", len(devices)))
+    local = in_environment("LOCAL_WORLD_SIZE", len(devices))
     options = complete(chosen, devices[0].type == "cpu", local)
     log_file = None if in_environment("RANK", 0) else open_run(path, goes_on)
     if len(devices) > 1 and "RANK" not in os.environ:

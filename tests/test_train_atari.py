@@ -14,8 +14,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common import UserError
 from model import load
-from train_atari import complete, scheduled
+from train_atari import complete, find_devices, scheduled
 
 ROOT = Path(__file__).parent.parent
 CATCH = ("--env", "tests.games:Catch-v0", "--network", "a3c")
@@ -279,8 +280,8 @@ def test_bad_input_gets_one_sentence(tmp_path, args, code, text):
 @pytest.mark.parametrize(
     "name, value, code, text",
     [
-        ("RANK", "", 2, "RANK is '' in the environment, which is not a number"),
-        ("LOCAL_WORLD_SIZE", "x", 2, "LOCAL_WORLD_SIZE is 'x' in the environment"),
+        ("RANK", "", 2, "RANK is '' in the environment, which is no such number"),
+        ("LOCAL_WORLD_SIZE", "0", 2, "LOCAL_WORLD_SIZE is '0' in the environment"),
         ("RANK", "0", 1, "rank 0 cannot join the others"),
     ],
 )
@@ -337,6 +338,14 @@ def test_where_no_socket_can_be(tmp_path):
     done = run(*CATCH, "--output", tmp_path / "run", env=environment)
     assert done.returncode == 1 and "cannot listen on ipc" in done.stderr
     assert not list(deep.glob("batch-a3c-*"))
+
+
+def test_a_gpu_for_which_the_driver_is_too_old_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_devices(None, None) == [torch.device("cpu")]
+    with pytest.raises(UserError, match="no CUDA device, only the CPU"):
+        find_devices("0", None)
 
 
 def test_schedules():
