@@ -197,7 +197,7 @@ class Feed:
         try:
             if options.listen:
                 key, places = simulator.make_key(options.key), simulator.REMOTE_SIMULATORS
-                remote = Master(self.fleet.context, options.listen, places, players, key)
+                remote = Master(self.fleet.context, options.listen, places, players, key, env_id)
                 self.masters.append(remote)
             for master, seed in zip(self.masters, seeds.spawn(len(self.masters)), strict=True):
                 thread = threading.Thread(target=self.serve, args=(master, seed), daemon=True)
@@ -268,7 +268,7 @@ class Feed:
         events = self.fleet.check()
         dropped = sum(master.dropped for master in self.masters)
         if dropped and not self.dropped:
-            events.append("messages of others, or for another number of players, are dropped")
+            events.append("messages of others, of other games, or for other --players are dropped")
         joined = sum(master.joined for master in self.masters)
         if joined > self.joined:
             events.append(f"{joined - self.joined} simulators have joined")
@@ -296,7 +296,8 @@ def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: 
     # With little time, few players: so that at least their episodes come to an end.
     side_by_side = int(min(episodes, EVAL_PLAYERS, max(cores, seconds / 10)))
 
-    torch.set_num_threads(cores)  # of this thread; while the players wait, the cores are free
+    # Of this thread; while the players wait, the cores are free.
+    torch.set_num_threads(min(cores, EVAL_PLAYERS))
     players = VectorPlayers(env_id, side_by_side, seed, check)
     bar = tqdm(total=episodes, desc="evaluation", disable=None)
     with contextlib.closing(players), bar:

@@ -5,7 +5,7 @@ A simulator steps its players together. For every step it sends one message with
 and waits for one with their actions:
 
     simulator -> master: [rewards, is_over, finished] in msgpack | frames (players, 84, 84, 3) uint8
-    master -> simulator: [action, ...] in msgpack
+    master -> simulator: [action, ...] in msgpack; nil: there is no place for it
 
 Where both are on one machine the frames do not travel in the message: they lie in memory that the
 two share, and that the simulator leaves alone until it is answered.
@@ -188,7 +188,11 @@ def simulate(a: argparse.Namespace, envs: list, identity: str, address: str, sha
         while monitor and not socket.poll(1000):
             if monitor.poll(0):
                 raise UserError(f"{address} ended the connection, or does not know the key")
-        for i, action in enumerate(msgpack.unpackb(socket.recv())):
+        actions = msgpack.unpackb(socket.recv())
+        if actions is None:
+            reason = f"is it another game than {a.env}, or does it need other --players?"
+            raise UserError(f"{address} has no place for this simulator: {reason}")
+        for i, action in enumerate(actions):
             player = players[i]
             frames[i], rewards[i], is_over[i] = player.step(action)
             if is_over[i]:
@@ -295,7 +299,8 @@ def join_run(a: argparse.Namespace) -> None:
         while True:
             list(nursery.reap())
             while len(nursery.children) < a.simulator_proc:
-                nursery.fork(secrets.token_hex(16), a.connect)  # which nobody else calls itself
+                identity = f"{a.env} {secrets.token_hex(16)}"  # which nobody else calls itself
+                nursery.fork(identity, a.connect)
             time.sleep(REJOIN_SECONDS)
 
 
@@ -316,14 +321,17 @@ class Master:
 
     A simulator has a place among those of its master, and an identity of its own: one that takes
     the place of another has another identity. With a key the master is open: whoever has the key
-    gets a place, and keeps it until it is silent for HANG_SECONDS and another one needs it.
+    gets a place, and keeps it until it is silent for HANG_SECONDS and another one needs it. Its
+    identity begins with the game that it plays, which must be `game`.
 
     frames: where simulators leave theirs, (simulators, players, 84, 84, 3); None: they send them.
     """
 
-    def __init__(self, context, address: str, simulators: int, players: int, key=None, frames=None):
+    def __init__(
+        self, context, address: str, simulators: int, players: int, key=None, game="", frames=None
+    ):
         self.address, self.players, self.is_open = address, players, key is not None
-        self.frames = frames
+        self.game, self.frames = game.encode(), frames
         self.sizes = [players * FRAME_BYTES] if frames is None else []  # of what follows a header
         self.places: dict[bytes, int] = {}
         self.num_places, self.num_players = simulators, simulators * players
@@ -383,8 +391,11 @@ class Master:
             message = self.parse(parts)
             if message is not None:
                 self.arrived.append(message)
-            elif parts[0] not in self.connected:  # not a late one of a simulator that was replaced
+                continue
+            if parts[0] not in self.connected:  # otherwise a late one, of one that was replaced
                 self.dropped += 1
+            if self.is_open and parts[0] not in self.places:
+                self.socket.send_multipart([parts[0], msgpack.packb(None)])
         # What a simulator has sent whose place another one has taken is of no use.
         self.arrived = [m for m in self.arrived if self.places.get(m.identity) == m.place]
         count = max(1, most // self.players)
@@ -405,6 +416,7 @@ class Master:
             return None
         fits = len(rewards) == len(is_over) == k and len(finished) == sum(is_over)
         fits = fits and [len(part) for part in pixels] == self.sizes
+        fits = fits and identity.startswith(self.game)
         if not fits or not math.isfinite(sum(rewards)):
             return None
         place = self.find_place(identity)

@@ -32,6 +32,7 @@ if __name__ == "__main__" and INTERRUPTIBLE:  # while the imports below take the
 import argparse
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import math
@@ -65,10 +66,12 @@ CHECKPOINT_SECONDS = 300
 SAME_SIGNAL_SECONDS = 0.5  # a second signal within this time is the first one once more
 LOG_SECONDS = 10
 CHECK_STEPS = 500  # iterations after which several ranks compare their weights
+RANK_END_SECONDS = 5.0  # how long rank 0 has to save if all ranks are told to end
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
 SIMULATOR_BYTES, PLAYER_BYTES = 5e6, 1.5e6  # what simulators do not share, measured with Breakout
 
 RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz")
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that know none
 GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, for what a program cannot help
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "pyzmq", "msgpack")
 
@@ -260,7 +263,8 @@ def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
     table = {name.lower(): default for name, _, default, _ in LEARNING + SPEED}
     if chosen.get("network") == "a3c":
         table |= LEARNING_OF_A3C
-    default = ranks * min(2 * cores, CPU_PLAYERS) if on_cpu else table["simulator_proc"]
+    most = CPU_PLAYERS // chosen.get("players_per_simulator", 1)
+    default = ranks * max(1, min(2 * cores, most)) if on_cpu else table["simulator_proc"]
     simulators = max(1, chosen.get("simulator_proc", default) // ranks)
     chosen = chosen | {"simulator_proc": simulators}
     if on_cpu:
@@ -315,6 +319,8 @@ def open_run(path: str, goes_on: bool):
     except UnicodeEncodeError as error:
         raise UserError(f"{path!a}: TensorBoard needs a name in UTF-8", 2) from error
     except OSError as error:
+        if error.errno in NO_LOCKS:
+            return log_file
         raise UserError(f"cannot write to {path}: {error.strerror}", 2) from error
 
 
@@ -345,7 +351,7 @@ class Training:
         self.rows: list[np.ndarray] = []  # of this epoch's iterations: a value for each column
         self.unread: list = []  # iterations whose metrics are still on the device
         self.began = self.logged = self.saved = time.monotonic()
-        self.shown, self.signal = 0, None
+        self.shown, self.signal, self.signalled = 0, None, 0.0
         threads = max(1, count_cores() // local)
         how = {"center_filters": options.center_filters, "bfloat16": options.bfloat16}
         self.learner = model.Learner(network, device, options.adam_epsilon, threads, **how)
@@ -435,16 +441,18 @@ class Training:
     def on_signal(self, signum: int, frame) -> None:
         """The first signal lets the iteration end and saves; a later one ends at once.
 
-        Programs that pass signals on, such as timeout, send one twice in the same moment.
+        Programs that pass signals on, such as timeout, send one twice in the same moment. Ranks
+        above 0 go on for a while: rank 0 needs them to end its iteration, and they end with it.
         """
         if self.signal is None:
-            self.signal, self.signalled = signum, time.monotonic()
+            later = RANK_END_SECONDS if self.rank else 0.0
+            self.signal, self.signalled = signum, time.monotonic() + later
         elif time.monotonic() - self.signalled > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 
     def check(self) -> None:
         """Raise what should end the run, if there is something."""
-        if self.signal is not None:
+        if self.signal is not None and time.monotonic() >= self.signalled:
             what = f"stopped by {signal.Signals(self.signal).name}"
             raise UserError(f"{what} in iteration {self.at['global_step']}", 128 + self.signal)
         for event in self.feed.check():
@@ -460,8 +468,8 @@ class Training:
             self.save()
             raise UserError(f"the run is done: {self.at['epoch']} epochs (--max-epoch)", 0)
         seeds = np.random.SeedSequence((self.options.seed, self.at["starts"], self.rank))
-        if self.rank == 0:  # the others end with it
-            on_signals(self.on_signal)
+        on_signals(self.on_signal)
+        if self.rank == 0:
             # TensorBoard's thread, on a full disk; all others report by themselves.
             threading.excepthook = lambda args: self.log(f"warning: {args.exc_value}")
             self.writer = SummaryWriter(self.path, purge_step=self.at["global_step"] + 1)
@@ -479,6 +487,7 @@ class Training:
                     self.save()
                 others = self.learner.ranks > 1 and type(error).__name__ not in GPU_ERRORS
                 if isinstance(error, RuntimeError) and others:
+                    self.signalled = 0.0
                     self.check()  # a signal ended the others
                     reason = str(error).partition("\n")[0]
                     raise UserError(f"rank {self.rank} lost the others: {reason}") from error

@@ -99,7 +99,7 @@ def test_bad_input_gets_one_sentence_of_all_ranks(tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["script", "torchrun"])
-@pytest.mark.parametrize("victim", ["rank 1", "interrupt", "launcher"])
+@pytest.mark.parametrize("victim", ["rank 1", "interrupt", "all", "launcher"])
 def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
     if engine == "torchrun" and victim == "launcher":
         pytest.skip("torchrun itself leaves its workers when it is killed")
@@ -125,12 +125,17 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
             line = process.stdout.readline()
             assert line, process.stderr.read()
         ranks = [pid for pid in processes(tmp_path / "run") if pid != process.pid]
+        ranks.sort(key=lambda pid: b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
         assert len(ranks) == 2
         pids = ranks + processes(sockets)
         begin = time.monotonic()
         if victim == "rank 1":
-            numbers = [Path(f"/proc/{pid}/environ").read_bytes() for pid in ranks]
-            os.kill(ranks[[b"\0RANK=1\0" in n for n in numbers].index(True)], signal.SIGKILL)
+            os.kill(ranks[1], signal.SIGKILL)
+        elif victim == "all":  # as schedulers do; rank 0 needs the others to end its iteration
+            os.kill(ranks[1], signal.SIGTERM)
+            time.sleep(1)
+            assert not gone(ranks[1:], 0)
+            os.kill(ranks[0], signal.SIGTERM)
         elif victim == "interrupt":
             process.send_signal(signal.SIGINT)
         else:
@@ -139,7 +144,8 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
         assert gone(pids, 10) and time.monotonic() - begin < 15
         if engine == "script":
             assert "Traceback" not in errors
-            assert process.returncode == {"rank 1": 1, "interrupt": 130, "launcher": -9}[victim]
+            codes = {"rank 1": 1, "interrupt": 130, "all": 143, "launcher": -9}
+            assert process.returncode == codes[victim]
         if victim != "launcher":
             assert process.returncode != 0 and errors.strip()
             assert not list(sockets.glob("batch-a3c-*")) or victim == "rank 1"

@@ -51,6 +51,11 @@ def test_simulators_come_and_go(tmp_path):
             until(r"epoch 1 \d+/6000")
             context.destroy(linger=0)
             started[0].kill()
+            # Who plays something else, or with another number of players, is told.
+            for args in (("--env", "tests.games:Count-v0"), ("--players", "3")):
+                started.append(helper(address, key, *args))
+                assert "has no place for this simulator" in started[-1].stderr.readline()
+                started[-1].kill()
             # Who has it joins, is killed, and joins again.
             for _ in range(2):
                 started.append(helper(address, key))

@@ -140,6 +140,7 @@ def test_who_comes_back_to_a_run_that_listens_is_new(tmp_path, monkeypatch):
         seen.append(message.is_first)
         master.reply(message, [0, 0])
         assert master.parse([b"c", header(), PIXELS]) is None  # no place
+        assert master.parse([b"", header(), PIXELS]) is None  # none that plays its game
         master.drained = master.clock = master.clock + 4.0  # and the one there is silent
     assert seen == [True, True, True] and master.joined == 3
     master.socket.close()

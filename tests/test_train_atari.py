@@ -1,6 +1,7 @@
 """The program as its users run it, with tiny numbers."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import UserError
 from model import load
-from train_atari import complete, find_devices, scheduled
+from train_atari import complete, find_devices, open_run, scheduled
 
 ROOT = Path(__file__).parent.parent
 CATCH = ("--env", "tests.games:Catch-v0", "--network", "a3c")
@@ -346,6 +347,34 @@ def test_a_gpu_for_which_the_driver_is_too_old_is_none(monkeypatch):
     assert find_devices(None, None) == [torch.device("cpu")]
     with pytest.raises(UserError, match="no CUDA device, only the CPU"):
         find_devices("0", None)
+
+
+def test_any_number_of_cores_and_players(monkeypatch):
+    for cores, players, processes in ((2, 6, 4), (2, 48, 1), (16, 8, 6), (16, 100, 1), (64, 1, 48)):
+        monkeypatch.setattr("train_atari.count_cores", lambda cores=cores: cores)
+        o = complete({"players_per_simulator": players}, on_cpu=True)
+        assert o.simulator_proc == processes
+
+
+def test_where_a_file_system_knows_no_locks(tmp_path, monkeypatch):
+    """As Lustre often does; for every other reason there is a sentence."""
+    log_file = open_run(str(tmp_path), goes_on=False)
+    with log_file, pytest.raises(UserError, match="another process is training"):
+        open_run(str(tmp_path), goes_on=False)
+
+    def fail(number):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("train_atari.fcntl.flock", flock)
+
+    for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        fail(number)
+        with open_run(str(tmp_path), goes_on=False) as log_file:
+            log_file.write("a line")
+    fail(errno.EIO)
+    with pytest.raises(UserError, match="Input/output error"):
+        open_run(str(tmp_path), goes_on=False)
 
 
 def test_schedules():
