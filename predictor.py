@@ -296,8 +296,7 @@ def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: 
     # With little time, few players: so that at least their episodes come to an end.
     side_by_side = int(min(episodes, EVAL_PLAYERS, max(cores, seconds / 10)))
 
-    # Of this thread; while the players wait, the cores are free.
-    torch.set_num_threads(min(cores, EVAL_PLAYERS))
+    torch.set_num_threads(cores)  # of this thread; while the players wait, the cores are free
     players = VectorPlayers(env_id, side_by_side, seed, check)
     bar = tqdm(total=episodes, desc="evaluation", disable=None)
     with contextlib.closing(players), bar:

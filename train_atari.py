@@ -312,15 +312,17 @@ def open_run(path: str, goes_on: bool):
         path.encode()
         os.makedirs(path, exist_ok=True)
         log_file = open(os.path.join(path, "log.log"), "a", buffering=1)  # noqa: SIM115
-        fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         return log_file
     except BlockingIOError as error:
         raise UserError(f"another process is training in {path}", 2) from error
     except UnicodeEncodeError as error:
         raise UserError(f"{path!a}: TensorBoard needs a name in UTF-8", 2) from error
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            return log_file
         raise UserError(f"cannot write to {path}: {error.strerror}", 2) from error
 
 
@@ -351,7 +353,7 @@ class Training:
         self.rows: list[np.ndarray] = []  # of this epoch's iterations: a value for each column
         self.unread: list = []  # iterations whose metrics are still on the device
         self.began = self.logged = self.saved = time.monotonic()
-        self.shown, self.signal, self.signalled = 0, None, 0.0
+        self.shown, self.signal = 0, None
         threads = max(1, count_cores() // local)
         how = {"center_filters": options.center_filters, "bfloat16": options.bfloat16}
         self.learner = model.Learner(network, device, options.adam_epsilon, threads, **how)
@@ -487,8 +489,8 @@ class Training:
                     self.save()
                 others = self.learner.ranks > 1 and type(error).__name__ not in GPU_ERRORS
                 if isinstance(error, RuntimeError) and others:
-                    self.signalled = 0.0
-                    self.check()  # a signal ended the others
+                    self.signalled = 0.0  # if a signal has ended the others, it ends this one now
+                    self.check()
                     reason = str(error).partition("\n")[0]
                     raise UserError(f"rank {self.rank} lost the others: {reason}") from error
                 if isinstance(error, UserError) and self.unwritten:
