@@ -7,8 +7,11 @@ function from states to policies.
 import contextlib
 import datetime
 import difflib
+import functools
 import json
+import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -30,7 +33,8 @@ STATE_SHAPE = (FRAME_HISTORY, *FRAME_SHAPE)  # oldest frame first
 MAX_EPISODE_STEPS = 10_000  # agent steps; ale-py itself sets no limit for the -v0 games
 RANDOM_ACTIONS = 0.01  # share of random actions in playing and evaluation
 CPU_LIMIT = "/sys/fs/cgroup/cpu.max"  # of a container: microseconds of all cores, in so many
-VIDEO_FPS = 20  # agent steps per second: the games have 60 frames, a step of -v0 takes 3 on average
+DEFAULT_FPS = 20  # agent steps per second of a game that says nothing
+UNMENDABLE = 2  # exit code of a program that would end in the same way again
 
 cv2.setNumThreads(1)  # the processes share the cores; a resize is too small to share
 gymnasium.register_envs(ale_py)
@@ -43,6 +47,20 @@ class UserError(Exception):
     def __init__(self, sentence: str, code: int = 1):
         super().__init__(sentence)
         self.code = code
+
+
+def whole(text: str) -> int:
+    """A whole number from 0, of 32 bits."""
+    if not 0 <= int(text) < 2**32:
+        raise ValueError
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A whole number from 1."""
+    if whole(text) == 0:
+        raise ValueError
+    return int(text)
 
 
 def count_cores() -> int:
@@ -69,13 +87,16 @@ def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
             warnings.simplefilter("ignore")
             # The checker would look at every observation of every step: a fifth of its time.
             env = gymnasium.make(env_id, disable_env_checker=True, **render)
-    except Exception as error:  # whatever a game or its module does when it starts
-        if window:
-            raise UserError(f"no window can be opened for {env_id}: {error}") from error
+    except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as error:
         games = [name for name in gymnasium.registry if re.fullmatch(r"\w+(?<!Frameskip)-v0", name)]
         nearest = ", ".join(difflib.get_close_matches(env_id, games, cutoff=0.4) or games[:3])
         reason = str(error).partition("\n")[0]
         raise UserError(f"no game {env_id} ({reason}); the nearest names: {nearest}", 2) from error
+    except Exception as error:  # whatever a game or its module does when it starts
+        if window:
+            raise UserError(f"no window can be opened for {env_id}: {error}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{env_id} does not start: {reason}", 2) from error
     frames, actions = env.observation_space, env.action_space
     rgb = frames.dtype == np.uint8 and frames.shape is not None and frames.shape[2:] == (3,)
     if not rgb or not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
@@ -84,18 +105,98 @@ def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
     return env
 
 
+class Game(NamedTuple):
+    """What an environment says of itself."""
+
+    env_id: str  # as it is played: of `Breakout` it is `Breakout-v4`
+    num_actions: int
+    one_per_process: bool  # a process that has one cannot make another
+
+
+@functools.cache
+def describe(env_id: str) -> Game:
+    """Make an environment and ask it; UserError as of make_env."""
+    with contextlib.closing(make_env(env_id)) as env:
+        module, colon, name = env_id.rpartition(":")
+        if env.spec is not None:
+            name = env.spec.id
+        try:
+            make_env(env_id).close()
+            one_per_process = False
+        except UserError:
+            one_per_process = True
+        return Game(module + colon + name, int(env.action_space.n), one_per_process)
+
+
+def is_originals(env: gymnasium.Env) -> bool:
+    """Whether this is ale-py's `Breakout-v0`, or one like it: the original's games.
+
+    ale-py sets no limit of steps for them.
+    """
+    spec = env.spec
+    if spec is None or spec.entry_point != "ale_py.env:AtariEnv":
+        return False
+    game = "".join(word.capitalize() for word in spec.kwargs["game"].split("_"))
+    return spec.id == f"{game}-v0"
+
+
+def frame_rate(env: gymnasium.Env) -> float:
+    """Agent steps per second when a game is played at its own speed."""
+    fps = env.metadata.get("render_fps") or DEFAULT_FPS
+    atari = env.unwrapped
+    if isinstance(atari, ale_py.AtariEnv) and fps == atari.metadata.get("render_fps"):
+        # It says the same whatever a step is: the console has 60 frames per second.
+        skip = atari.spec.kwargs.get("frameskip", 1)
+        return 60 / (skip if isinstance(skip, int) else np.mean(range(*skip)))
+    return float(fps)
+
+
+def action_meanings(env: gymnasium.Env) -> list[str]:
+    """What the actions of an environment mean, as it is wrapped; [] where it does not say."""
+    meanings: list[str] = []
+    if hasattr(env, "get_action_meanings"):
+        meanings = list(env.get_action_meanings())
+    elif isinstance(env, gymnasium.ActionWrapper):
+        inner = action_meanings(env.env)
+        if inner:
+            meanings = [inner[env.action(action)] for action in range(env.action_space.n)]
+    elif isinstance(env, gymnasium.Wrapper):
+        meanings = action_meanings(env.env)
+    return meanings if len(meanings) == env.action_space.n else []
+
+
+def start_actions(env: gymnasium.Env) -> list[int]:
+    """The actions that an episode begins with: FIRE and the next one, where the game has FIRE.
+
+    The original takes actions 1 and 2, which are FIRE and the first direction in its games.
+    """
+    try:
+        meanings, innermost = action_meanings(env), action_meanings(env.unwrapped)
+    except Exception:  # whatever a wrapper makes of an action that is not played
+        return []
+    if "FIRE" not in meanings:
+        return []
+    direction = next((m for m in innermost if m not in ("NOOP", "FIRE")), None)
+    return [meanings.index(m) for m in ("FIRE", direction) if m in meanings]
+
+
+def seed_games(seed: int) -> None:
+    """Seed the generators of this process that a game may use, though it has one of its own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
 class Player:
     """One game being played, as the agent sees it: resized frames, episodes started and limited.
 
     Frames are (84, 84, 3) uint8. Stacking them is the receiver's work.
     """
 
-    def __init__(self, env: gymnasium.Env, max_steps: int = MAX_EPISODE_STEPS):
+    def __init__(self, env: gymnasium.Env):
         self.env = env
-        self.max_steps = max_steps
+        self.max_steps = MAX_EPISODE_STEPS if is_originals(env) else math.inf
         self.num_actions = int(env.action_space.n)
-        meanings = getattr(env.unwrapped, "get_action_meanings", list)()
-        self.fires_on_reset = "FIRE" in meanings
+        self.start_actions = start_actions(env)
         self.score = 0.0  # of this episode, as the game counts it
         self.length = 0  # agent steps of this episode
         self.screen = np.empty(0)  # the newest frame, as the game gave it
@@ -103,12 +204,11 @@ class Player:
     def reset(self, seed: int | None = None) -> np.ndarray:
         """Start an episode; returns its first frame.
 
-        Where the game has a FIRE action it is taken, then action 2: some games wait for it. What
-        they earn is dropped.
+        Some games wait for FIRE: see `start_actions`. What these actions earn is dropped.
         """
         self.score, self.length = 0.0, 0
         frame, _ = self.env.reset(seed=seed)
-        for action in (1, 2) if self.fires_on_reset else ():
+        for action in self.start_actions:
             frame, _, terminated, truncated, _ = self.env.step(action)
             if terminated or truncated:
                 frame, _ = self.env.reset()
@@ -121,10 +221,15 @@ class Player:
         A lost life is not the end; the limit of steps is one like any other.
         """
         self.screen, reward, terminated, truncated, _ = self.env.step(action)
-        self.score += float(reward)
+        reward = float(reward)
+        self.score += reward
         self.length += 1
+        if not math.isfinite(reward) or not math.isfinite(self.score):
+            game = self.env.spec.id if self.env.spec else "the game"
+            place = f"in step {self.length} of an episode"
+            raise UserError(f"{game}: the reward is {reward} {place}", UNMENDABLE)
         is_over = terminated or truncated or self.length >= self.max_steps
-        return cv2.resize(self.screen, IMAGE_SIZE), float(reward), bool(is_over)
+        return cv2.resize(self.screen, IMAGE_SIZE), reward, bool(is_over)
 
 
 class Episode(NamedTuple):
@@ -196,12 +301,12 @@ class Video:
     It takes its place when it is finished. OSError where that is not possible.
     """
 
-    def __init__(self, path: str, screen: np.ndarray):
+    def __init__(self, path: str, screen: np.ndarray, fps: float):
         import imageio_ffmpeg  # brings an encoder along; simulators do without
 
         self.path, self.partial = path, hidden(path, "partial.mp4")
         size, even = f"{screen.shape[1]}x{screen.shape[0]}", "pad=ceil(iw/2)*2:ceil(ih/2)*2"
-        source = f"-f rawvideo -pix_fmt rgb24 -s {size} -r {VIDEO_FPS} -i -"
+        source = f"-f rawvideo -pix_fmt rgb24 -s {size} -r {fps:g} -i -"
         target = f"-c:v libx264 -pix_fmt yuv420p -vf {even} -movflags +faststart"
         program = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
         command = [*program, *source.split(), *target.split(), self.partial]
@@ -245,7 +350,9 @@ class Recorder:
     num_players = 1
 
     def __init__(self, env_id: str, seed: int, path_of: Callable[[int], str | None]):
+        seed_games(seed)
         self.player = Player(make_env(env_id))
+        self.fps = frame_rate(self.player.env)
         self.seed, self.path_of = seed, path_of
         self.video: Video | None = None
         self.finished: dict[int, Video] = {}  # by episode
@@ -259,7 +366,7 @@ class Recorder:
         episode = len(self.times) - 1
         path = self.path_of(episode)
         if path and self.player.length == 0:
-            self.video = Video(path, self.player.screen)
+            self.video = Video(path, self.player.screen, self.fps)
         frame, reward, is_over = self.player.step(int(actions[0]))
         if self.video:
             self.video.write(self.player.screen)

@@ -271,7 +271,7 @@ class Feed:
             events.append("messages of others, of other games, or for other --players are dropped")
         joined = sum(master.joined for master in self.masters)
         if joined > self.joined:
-            events.append(f"{joined - self.joined} simulators have joined")
+            events.append(f"remote simulators that joined: {joined - self.joined}")
         self.dropped, self.joined = dropped, joined
         return events
 
@@ -284,9 +284,11 @@ class Feed:
         """End threads and processes."""
         with simulator.undisturbed():
             self.queue.close()
+            deadline = time.monotonic() + simulator.END_SECONDS
             for thread in self.threads:
-                thread.join()
-            self.fleet.close()
+                thread.join(max(0.0, deadline - time.monotonic()))
+            hung = any(thread.is_alive() for thread in self.threads)
+            self.fleet.close(hung)  # one that hangs in native code may still use its socket
 
 
 def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: None):

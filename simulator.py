@@ -14,7 +14,7 @@ The rewards belong to the actions of the message before. Where is_over, the fram
 first of the next episode, and `finished` holds [score, length] of the one that ended. A simulator
 ends when its standard input closes, which happens however its parent ends. It never imports torch.
 
-A run starts one process of this program, which forks all of its simulators: see `serve_run`.
+A run starts one process of this program for each of its simulators: see `Pool`.
 
 Started by hand, on any machine, it adds players to a run that listens:
 
@@ -23,16 +23,17 @@ Started by hand, on any machine, it adds players to a run that listens:
 
 import argparse
 import contextlib
+import ctypes
+import dataclasses
 import fcntl
-import gc
 import glob
 import itertools
 import math
 import mmap
 import os
+import re
 import resource
 import secrets
-import select
 import shutil
 import signal
 import subprocess
@@ -41,8 +42,10 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 from collections import deque
 from collections.abc import Callable, Iterator
+from socket import AF_INET6, create_connection
 from typing import NamedTuple
 
 import msgpack
@@ -52,23 +55,37 @@ import zmq
 from common import (
     FRAME_HISTORY,
     FRAME_SHAPE,
+    UNMENDABLE,
     Player,
     UserError,
+    count,
     count_cores,
+    describe,
     make_env,
+    seed_games,
+    whole,
 )
 
 FRAME_BYTES = int(np.prod(FRAME_SHAPE))
 HIGH_WATER_MARK = 4  # messages per peer: a simulator has one under way at most
 END_SECONDS = 2.0  # how long simulators have to end by themselves
-HANG_SECONDS = 60.0  # a simulator that is silent for so long, though it was answered, is replaced
-START_SECONDS = 300.0  # and one that has not said anything yet: hundreds start at once
+END_ALARM = 2  # seconds until the kernel ends a simulator that should have ended
+HANG_SECONDS = 60.0  # a simulator whose game takes so long for one step or reset is replaced
+START_SECONDS = 300.0  # and one that starts
+STARTS_PER_CORE = 2  # simulators that start at the same time
 ATTEMPTS, ATTEMPT_SECONDS = 3, 60.0  # so many failures end the run if none has lived so long
+SHORT_LIVES, SHORT_LIFE = 20, 5.0  # and so many in a row that were killed within these seconds
+LIKELY_CAUSE = (
+    "is there too little memory? Fewer --simulator-proc or --players-per-simulator need less"
+)
+LOOK_SECONDS, LOG_LOOK_SECONDS = 0.1, 1.0  # from one look at simulators, or logs, to the next
+LOG_BYTES, TAIL_BYTES = 2**20, 2**14  # of what a simulator prints, and of its end that is kept
+PR_SET_PDEATHSIG = 1  # of prctl(2): which signal follows the end of the parent
+REACH_SECONDS = 5.0  # until a host that does not answer is out of reach
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PREFIX, IPC = "batch-a3c-", "ipc://"
 REMOTE_SIMULATORS = 256  # most that may join a run that listens
 REJOIN_SECONDS = 3.0
-REAP_SECONDS = 0.1  # until one that has ended is noticed
 MOST_MESSAGES = 1000  # that are looked at before some are answered
 KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of what was ended from outside
 
@@ -160,129 +177,169 @@ def share_frames(memory: int, players: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(memory, 0), np.uint8).reshape(-1, players, *FRAME_SHAPE)
 
 
-def simulate(a: argparse.Namespace, envs: list, identity: str, address: str, shared=None) -> None:
-    """Play until standard input is closed, or until a run on another machine is lost.
+class Progress:
+    """What a pool knows of the work of its simulators: three counters of each, in a shared file.
 
-    shared: memory (players, 84, 84, 3) for the frames, None where they have to travel.
+    A simulator counts what its games do, so that the pool can tell one that hangs from one that
+    works on a long message, and both from one that waits for its actions.
     """
-    threading.Thread(target=end_with_parent, args=(os._exit, 0), daemon=True).start()
-    num_players, monitor = a.players, None
-    players = [Player(env) for env in envs]
-    seeds = np.random.SeedSequence((a.seed, *identity.encode())).generate_state(num_players)
-    np.random.seed(seeds)  # noqa: NPY002 - a game may use it, and forks have the same
-    socket = zmq.Context().socket(zmq.DEALER)
-    socket.setsockopt(zmq.IDENTITY, identity.encode())
-    socket.set_hwm(HIGH_WATER_MARK)
+
+    # Games made, reset or stepped; messages sent; answers received.
+    STEPS, SENT, RECEIVED = range(3)
+
+    def __init__(self, path: str, simulators: int | None = None):
+        if simulators is not None:
+            with open(path, "wb") as file:  # written, not only made longer: there is room on disk
+                file.write(bytes(24 * simulators))
+        with open(path, "r+b") as file:
+            self.counters = np.frombuffer(mmap.mmap(file.fileno(), 0), np.int64).reshape(-1, 3)
+
+    def clear(self, index: int) -> None:
+        """Let simulator `index` begin."""
+        self.counters[index] = 0
+
+
+class Ended(BaseException):
+    """This simulator should end: it was told to, or its parent is gone."""
+
+
+def end_when_told(signum: int, frame) -> None:
+    """Handle SIGTERM: leave the game, so that it is closed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.alarm(END_ALARM)  # the kernel ends this process if the game does not let go
+    raise Ended
+
+
+def end_with_pool() -> None:
+    """End this simulator when its standard input closes, which its pool holds open."""
+    while os.read(0, 1024):
+        pass
+    signal.alarm(END_ALARM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def connect(a: argparse.Namespace) -> tuple[zmq.Socket, zmq.Socket | None]:
+    """The socket to the master, and what tells that a run on another machine is lost."""
+    socket, monitor = zmq.Context().socket(zmq.DEALER), None
+    socket.setsockopt(zmq.IDENTITY, a.identity.encode())
+    socket.set_hwm(HIGH_WATER_MARK)  # before connect: later it would do nothing
     socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.IPV6, a.ipv6)
     if a.key:
         monitor = join(socket, read_key(a.key))
-    socket.connect(address)
+    socket.connect(a.connect)
+    return socket, monitor
 
-    frames = np.empty((num_players, *FRAME_SHAPE), np.uint8) if shared is None else shared
-    frames[:] = [p.reset(seed=int(s)) for p, s in zip(players, seeds, strict=True)]
-    rewards, is_over, finished = [0.0] * num_players, [False] * num_players, []
+
+def start_players(a: argparse.Namespace, progress: np.ndarray) -> Iterator[Player]:
+    """Make the players of this simulator, one by one."""
+    for number in range(a.players):
+        try:
+            player = Player(make_env(a.env, a.window))
+        except UserError as error:
+            if number == 0:
+                raise
+            alone = "--players-per-simulator 1 (--players 1 of simulator.py)"
+            sentence = f"a process can hold {number} of {a.env}, not {a.players} ({error}): {alone}"
+            raise UserError(sentence, 2) from error
+        progress[Progress.STEPS] += 1
+        yield player
+
+
+def simulate(a: argparse.Namespace, players: list[Player]) -> None:
+    """Fill `players`, and play with them until this process is told to end.
+
+    Raises UserError where the master has no place for them, or is lost.
+    """
+    progress = Progress(a.progress).counters[a.index]
+    seeds = np.random.SeedSequence((a.seed, *a.identity.encode())).generate_state(a.players + 1)
+    seed_games(int(seeds[-1]))
+    socket, monitor = connect(a)
+    players.extend(start_players(a, progress))
+    if a.memory is None:
+        frames = np.empty((a.players, *FRAME_SHAPE), np.uint8)
+    else:
+        frames = share_frames(a.memory, a.players)[a.index]
+    for i, player in enumerate(players):
+        frames[i] = player.reset(seed=int(seeds[i]))
+        progress[Progress.STEPS] += 1
+    rewards, is_over, finished = [0.0] * a.players, [False] * a.players, []
     while True:
         header = msgpack.packb([rewards, is_over, finished])
-        socket.send_multipart([header, frames] if shared is None else [header])
+        progress[Progress.SENT] += 1
+        socket.send_multipart([header, frames] if a.memory is None else [header])
+        actions = receive_actions(a, socket, monitor)
+        progress[Progress.RECEIVED] += 1
         finished = []
-        while monitor and not socket.poll(1000):
-            if monitor.poll(0):
-                raise UserError(f"{address} ended the connection, or does not know the key")
-        actions = msgpack.unpackb(socket.recv())
-        if actions is None:
-            reason = f"is it another game than {a.env}, or does it need other --players?"
-            raise UserError(f"{address} has no place for this simulator: {reason}")
-        for i, action in enumerate(actions):
-            player = players[i]
-            frames[i], rewards[i], is_over[i] = player.step(action)
+        for i, player in enumerate(players):
+            frames[i], rewards[i], is_over[i] = player.step(actions[i])
+            progress[Progress.STEPS] += 1
             if is_over[i]:
                 finished.append([player.score, player.length])
                 frames[i] = player.reset()
+                progress[Progress.STEPS] += 1
 
 
-class Nursery:
-    """Forks simulators from a process that has loaded all they need: they start at once.
+def receive_actions(a: argparse.Namespace, socket: zmq.Socket, monitor) -> list[int]:
+    """Wait for the actions of all players; UserError where there will be none."""
+    while monitor and not socket.poll(1000):
+        if monitor.poll(0):
+            raise UserError(f"{a.connect} ended the connection, or does not know the key")
+    actions = msgpack.unpackb(socket.recv())
+    if actions is None:
+        reason = f"is it another game than {a.env}, or does it need other --players?"
+        raise UserError(f"{a.connect} has no place for this simulator: {reason}")
+    return actions
 
-    They end with it, however it ends: their standard input is a pipe that it holds open.
+
+def run_simulator(a: argparse.Namespace) -> None:
+    """Be a simulator of a pool; does not return.
+
+    Games are closed however this ends, for some have processes of their own.
     """
-
-    def __init__(self, a: argparse.Namespace):
-        self.a, self.life = a, os.pipe()
-        self.envs = [make_env(a.env) for _ in range(a.players)]
-        self.frames = None if a.memory is None else share_frames(a.memory, a.players)
-        self.children: dict[int, str] = {}  # identities by process
-        gc.freeze()  # what is there stays shared memory
-
-    def fork(self, identity: str, address: str, index: int = 0, log: str | None = None) -> int:
-        """Start a simulator, which writes to `log`; returns its process."""
-        shared = None if self.frames is None else self.frames[index]
-        pid = os.fork()
-        if pid:
-            self.children[pid] = identity
-            return pid
-        try:
-            for signum in SIGNALS:  # what reaches a terminal is for its parent
-                signal.signal(
-                    signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.SIG_IGN
-                )
-            os.dup2(self.life[0], 0)
-            os.close(self.life[1])
-            if log is not None:
-                with contextlib.suppress(OSError):  # on a full disk: into that of this process
-                    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                    os.dup2(output, 1)
-                    os.dup2(output, 2)
-            code = run(self.a, lambda: simulate(self.a, self.envs, identity, address, shared))
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stderr.flush()
-        os._exit(code)
-
-    def reap(self) -> Iterator[tuple[str, int, int]]:
-        """Identity, process and exit code of those that have ended."""
-        while self.children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                break
-            if identity := self.children.pop(pid, None):
-                yield identity, pid, os.waitstatus_to_exitcode(status)
-
-    def close(self) -> None:
-        """End all of them."""
-        for pid in self.children:
-            kill(pid)
-        for pid in self.children:
-            os.waitpid(pid, 0)
+    if sys.platform == "linux":  # if the pool ends while this process is stopped, it goes on
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what reaches a terminal is for the pool
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    players: list[Player] = []
+    was_told = False
+    try:
+        signal.signal(signal.SIGTERM, end_when_told)
+        threading.Thread(target=end_with_pool, daemon=True).start()
+        sys.stdout.reconfigure(line_buffering=True)
+        code = run(a, lambda: simulate(a, players))
+    except Ended:
+        was_told = True
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for player in players:
+        with contextlib.suppress(Exception):
+            player.env.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if was_told:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    os._exit(code)  # without waiting for threads that a game has started
 
 
-def serve_run(a: argparse.Namespace) -> None:
-    """Start a simulator for each line `identity master index` of standard input, until it closes.
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of tcp://HOST:PORT; UserError where it is not of that form."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port or parts.scheme != "tcp":
+        raise UserError(f"{address} is no address: give tcp://HOST:PORT", 2)
+    return host, port
 
-    Standard output says `identity process` of each that starts and `identity process code` of each
-    that ends. A window belongs to the process that opens it: this one.
-    """
-    report = os.dup(1)
-    os.dup2(2, 1)  # whatever a game prints goes to the log
-    if a.window:
-        identity, master, _ = sys.stdin.readline().split()
-        shared = None if a.memory is None else share_frames(a.memory, 1)[0]
-        envs = [make_env(a.env, window=True)]
-        return simulate(a, envs, identity, f"{a.connect}/{master}", shared)
-    nursery, lines = Nursery(a), b""
-    with contextlib.closing(nursery), contextlib.suppress(BrokenPipeError):
-        while True:
-            if select.select([0], [], [], REAP_SECONDS)[0]:
-                if not (data := os.read(0, 65536)):
-                    break
-                *whole, lines = (lines + data).split(b"\n")
-                for line in whole:
-                    identity, master, index = line.decode().split()
-                    address, log = f"{a.connect}/{master}", f"{a.connect[len(IPC) :]}/{index}.log"
-                    pid = nursery.fork(identity, address, int(index), log)
-                    os.write(report, f"{identity} {pid}\n".encode())
-            for identity, pid, code in nursery.reap():
-                os.write(report, f"{identity} {pid} {code}\n".encode())
+
+def find_run(host: str, port: int) -> int:
+    """Whether the run is reached over IPv6, as 0 or 1; OSError where it is not reached."""
+    with create_connection((host, port), timeout=REACH_SECONDS) as connection:
+        return int(connection.family == AF_INET6)
 
 
 def join_run(a: argparse.Namespace) -> None:
@@ -291,16 +348,28 @@ def join_run(a: argparse.Namespace) -> None:
     if a.key is None:
         raise UserError("--key FILE is needed to join a run", 2)
     read_key(a.key)
-    if min(a.players, a.simulator_proc) < 1:
-        raise UserError("--players and --simulator-proc are counts from 1", 2)
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.connect(a.connect)  # is it an address?
-    with contextlib.closing(Nursery(a)) as nursery:
+    host, port = split_address(a.connect)
+    a.env = describe(a.env).env_id
+    said: set[str] = set()
+
+    def say(sentence: str) -> None:
+        if sentence not in said:  # once, until the run is there again
+            said.add(sentence)
+            print(sentence, file=sys.stderr, flush=True)
+
+    pool = RemotePool(a)
+    with contextlib.closing(pool):
         while True:
-            list(nursery.reap())
-            while len(nursery.children) < a.simulator_proc:
-                identity = f"{a.env} {secrets.token_hex(16)}"  # which nobody else calls itself
-                nursery.fork(identity, a.connect)
+            for event in pool.check():
+                say(re.sub(r"simulator \d+ ", "a simulator ", event) + "; it tries again")
+            if pool.connected == len(pool.workers):
+                said.clear()
+            if None in pool.workers:
+                try:
+                    a.ipv6 = find_run(host, port)
+                    pool.start_missing()
+                except OSError as error:
+                    say(f"cannot reach {a.connect} ({error.strerror or error}); trying again")
             time.sleep(REJOIN_SECONDS)
 
 
@@ -314,6 +383,17 @@ class Message(NamedTuple):
     rewards: list[float]  # (k,), as the game counts them
     is_over: list[bool]  # (k,)
     finished: list  # [score, length] of every episode that ended
+
+
+@dataclasses.dataclass
+class Peer:
+    """A simulator as its master sees it."""
+
+    place: int
+    was_heard: bool = False  # it has sent something
+    answers: int = 0  # that were sent to it
+    must_play: bool = True  # it is its turn: it begins, or has been answered
+    since: float = dataclasses.field(default_factory=time.monotonic)  # when its turn began
 
 
 class Master:
@@ -333,18 +413,16 @@ class Master:
         self.address, self.players, self.is_open = address, players, key is not None
         self.game, self.frames = game.encode(), frames
         self.sizes = [players * FRAME_BYTES] if frames is None else []  # of what follows a header
-        self.places: dict[bytes, int] = {}
         self.num_places, self.num_players = simulators, simulators * players
-        self.connected: set[bytes] = set()
+        self.peers: dict[bytes, Peer] = {}  # by identity
+        self.replaced: set[bytes] = set()  # identities that were among them before
         self.joined = 0  # simulators that an open master has given a place
-        self.answered: dict[bytes, float] = {}  # since when each has had to play; none: it sent
-        self.drained = 0.0  # when the socket was last seen to be empty
-        self.clock, self.looked = 0.0, time.monotonic()  # stands still while this process does
         self.dropped = 0  # messages that no simulator of this master can have sent
         self.arrived: list[Message] = []  # and not been handed out
         self.socket = context.socket(zmq.ROUTER)
         self.socket.set_hwm(HIGH_WATER_MARK)  # before bind: later it would do nothing
         self.socket.setsockopt(zmq.MAXMSGSIZE, players * FRAME_BYTES + 65536)
+        self.socket.setsockopt(zmq.IPV6, int("[" in address))
         if key:
             self.socket.curve_server = True
             self.socket.curve_publickey, self.socket.curve_secretkey = key
@@ -356,56 +434,58 @@ class Master:
 
     def admit(self, identity: bytes, place: int) -> None:
         """From now on `identity` has this place, and nobody else."""
-        self.connected.discard(identity)
-        self.answered[identity] = self.clock
-        self.places = {i: p for i, p in self.places.items() if p != place} | {identity: place}
-
-    def silence(self, identity: bytes) -> float:
-        """Seconds that a simulator has had to play without sending anything."""
-        return self.drained - self.answered.get(identity, math.inf)
+        for other, peer in list(self.peers.items()):
+            if peer.place == place:
+                self.replaced.add(other)
+                del self.peers[other]
+        self.peers[identity] = Peer(place)
 
     def find_place(self, identity: bytes) -> int | None:
-        """The place of a simulator; of one that is new to an open master, a vacant one."""
-        place = self.places.get(identity)
-        if place is None and self.is_open:
-            lost = [p for i, p in self.places.items() if self.silence(i) > HANG_SECONDS]
-            vacant = set(range(self.num_places)) - set(self.places.values())
-            place = next(iter([*lost, *vacant]), None)
-            if place is not None:
-                self.admit(identity, place)
-                self.joined += 1
-        return place
+        """A place for a simulator that is new to an open master; None where there is none."""
+        taken = {peer.place for peer in self.peers.values()}
+        vacant = (place for place in range(self.num_places) if place not in taken)
+        now = time.monotonic()
+        lost = (
+            peer.place
+            for peer in self.peers.values()
+            if peer.must_play and now - peer.since > HANG_SECONDS
+        )
+        return next(itertools.chain(vacant, lost), None)
 
     def receive(self, most: int, timeout_ms: int) -> list[Message]:
         """What has arrived, up to `most` players (one message at least); waits for the first."""
         if not self.arrived:
             self.socket.poll(timeout_ms)
-        now = time.monotonic()
-        self.clock, self.looked = self.clock + min(1.0, now - self.looked), now
         for _ in range(MOST_MESSAGES):
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                self.drained = self.clock
                 break
             message = self.parse(parts)
             if message is not None:
                 self.arrived.append(message)
                 continue
-            if parts[0] not in self.connected:  # otherwise a late one, of one that was replaced
+            identity = parts[0]
+            if not self.is_late(identity):
                 self.dropped += 1
-            if self.is_open and parts[0] not in self.places:
-                self.socket.send_multipart([parts[0], msgpack.packb(None)])
+            if self.is_open and identity not in self.peers:
+                self.socket.send_multipart([identity, msgpack.packb(None)])
         # What a simulator has sent whose place another one has taken is of no use.
-        self.arrived = [m for m in self.arrived if self.places.get(m.identity) == m.place]
+        self.arrived = [m for m in self.arrived if m.identity in self.peers]
         count = max(1, most // self.players)
         messages, self.arrived = self.arrived[:count], self.arrived[count:]
         return messages
 
+    def is_late(self, identity: bytes) -> bool:
+        """Whether it is known, so that what cannot be used of it came too late, or twice."""
+        return identity in self.replaced or (
+            identity in self.peers and self.peers[identity].was_heard
+        )
+
     def parse(self, parts: list[bytes]) -> Message | None:
         """The message in these parts, or None if they are not one of a known simulator."""
         k = self.players
-        if len(parts) < 2 or not (self.is_open or parts[0] in self.places):
+        if len(parts) < 2 or not (self.is_open or parts[0] in self.peers):
             return None
         identity, header, *pixels = parts
         try:
@@ -417,23 +497,30 @@ class Master:
         fits = len(rewards) == len(is_over) == k and len(finished) == sum(is_over)
         fits = fits and [len(part) for part in pixels] == self.sizes
         fits = fits and identity.startswith(self.game)
-        if not fits or not math.isfinite(sum(rewards)):
+        if not fits or not all(map(math.isfinite, [*rewards, *(score for score, _ in finished)])):
             return None
-        place = self.find_place(identity)
-        if place is None or self.answered.pop(identity, None) is None:  # it has not been answered
+        if identity not in self.peers:
+            place = self.find_place(identity)
+            if place is None:
+                return None
+            self.admit(identity, place)
+            self.joined += 1
+        peer = self.peers[identity]
+        if not peer.must_play:  # it has not been answered
             return None
-        is_first = identity not in self.connected
-        self.connected.add(identity)
+        is_first = not peer.was_heard
+        peer.was_heard, peer.must_play = True, False
         if self.frames is None:
             frames = np.frombuffer(pixels[0], np.uint8).reshape(k, *FRAME_SHAPE)
         else:
-            frames = self.frames[place]
-        return Message(identity, is_first, place, frames, rewards, is_over, finished)
+            frames = self.frames[peer.place]
+        return Message(identity, is_first, peer.place, frames, rewards, is_over, finished)
 
     def reply(self, message: Message, actions: list[int]) -> None:
         """Send the actions (k,) of the players of `message`."""
-        if message.identity in self.places:
-            self.answered[message.identity] = self.clock
+        if peer := self.peers.get(message.identity):
+            peer.must_play, peer.since = True, time.monotonic()
+            peer.answers += 1
         self.socket.send(message.identity, zmq.SNDMORE)
         self.socket.send(msgpack.packb(actions))
 
@@ -533,18 +620,60 @@ def sweep() -> None:
                 os.close(directory)
 
 
-class Fleet:
-    """Simulator processes, in groups with a master each, and their private socket directory.
+def open_log(path: str) -> int:
+    """A new file for what a simulator prints; on a full disk it is not kept."""
+    with contextlib.suppress(OSError):
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+    return os.open(os.devnull, os.O_WRONLY)
 
-    Simulator i belongs to group i % groups; each has `players` players. options: further ones of
-    the simulator program. `check` replaces those that end or hang.
+
+def tail(path: str) -> bytes:
+    """The end of a file, at most TAIL_BYTES; nothing where it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        return file.read()
+    return b""
+
+
+def shorten(path: str) -> None:
+    """Keep only the end of a log that has become too long; it may be written meanwhile."""
+    with contextlib.suppress(OSError):
+        if os.stat(path).st_size > LOG_BYTES:
+            end_of_log = tail(path)
+            with open(path, "ab") as file:
+                file.truncate(0)
+                file.write(end_of_log)
+
+
+class SimulatorError(UserError):
+    """A simulator has failed; exit_code: of its process, None where it was ended for hanging."""
+
+    def __init__(self, sentence: str, exit_code: int | None = None):
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+@dataclasses.dataclass
+class Worker:
+    """A simulator process as its pool sees it."""
+
+    identity: str
+    process: subprocess.Popen
+    started: float  # time.monotonic()
+    steps: int = 0  # its progress when it was looked at last
+    stuck: float = 0.0  # seconds in which it was its turn, and it made no progress
+
+
+class Pool:
+    """Simulator processes and their private directory; `check` replaces those that end or hang.
+
+    Each is a process of its own, whose life hangs on its standard input: it ends with this process,
+    however that ends. What it prints goes to a file in the directory.
     """
 
-    attempts = ATTEMPTS
+    attempts: float = ATTEMPTS
 
-    def __init__(
-        self, env_id: str, simulators: int, players: int, groups: int, seed: int, *options
-    ):
+    def __init__(self, env_id: str, simulators: int, players: int, seed: int, *options: str):
         sweep()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         need = 4 * simulators + 200  # its socket, with some to spare
@@ -554,159 +683,274 @@ class Fleet:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, need), hard))
         self.directory = tempfile.mkdtemp(prefix=PREFIX)  # mode 0700: nobody else connects
         self.lock = os.open(self.directory, os.O_RDONLY)
-        self.masters: list[Master] = []
-        self.identities = [""] * simulators
-        self.lives: dict[str, list[int]] = {}  # process, and exit code if it has ended
-        self.born = [0.0] * simulators  # when the present ones were started
+        self.command = [sys.executable, os.path.abspath(__file__), f"--env={env_id}", *options]
+        self.command += [f"--players={players}", f"--seed={seed}"]
+        self.workers: list[Worker | None] = [None] * simulators  # None: to be started
         self.failures = [0] * simulators  # since one has lived long
-        self.context = zmq.Context()
-        self.command = [sys.executable, os.path.abspath(__file__), "--env", env_id, *options]
-        self.command += ["--players", str(players), "--seed", str(seed)]
-        self.command += ["--connect", IPC + self.directory]
-        self.memory, frames = None, None
-        if hasattr(os, "memfd_create"):  # on Linux; it has no name that could be left behind
-            self.memory = os.memfd_create(PREFIX + "frames")
-            os.ftruncate(self.memory, simulators * players * FRAME_BYTES)
-            self.command += ["--memory", str(self.memory)]
-            frames = share_frames(self.memory, players)
+        self.short_lives = [0] * simulators  # that were ended from outside, one after the other
         self.births = itertools.count()
-        self.nursery: subprocess.Popen | None = None
-        self.exit_code: int | None = None  # of the process behind the simulators, if it has ended
+        self.looked = self.looked_at_logs = time.monotonic()
+        self.most_starting = STARTS_PER_CORE * count_cores()
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX)
+            self.progress = Progress(f"{self.directory}/progress", simulators)
+        except BaseException:
+            self.close()
+            raise
+
+    def log_path(self, index: int) -> str:
+        """Where the output of a simulator goes."""
+        return f"{self.directory}/{index}.log"
+
+    def name(self, index: int) -> str:
+        """An identity for the next simulator `index`, which none has had before."""
+        return f"simulator-{index}.{next(self.births)}"
+
+    def options(self, index: int) -> list[str]:
+        """What simulator `index` is started with beside what all are."""
+        raise NotImplementedError
+
+    def inherited_files(self) -> list[int]:
+        """Descriptors that simulators share with this process."""
+        return []
+
+    def prepare(self, index: int, identity: str) -> None:
+        """Do what is due before a simulator starts."""
+
+    def start(self, index: int) -> None:
+        """Start a simulator; those that replace it will call themselves otherwise."""
+        identity = self.name(index)
+        self.prepare(index, identity)
+        command = [*self.command, *self.options(index), f"--identity={identity}"]
+        command += [f"--index={index}", f"--progress={self.directory}/progress"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self.progress.clear(index)
+        log = open_log(self.log_path(index))
+        try:
+            # A session of its own: Ctrl-C is for this process, and what a game has started can be
+            # ended with it.
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=self.inherited_files(),
+            )
+        finally:
+            os.close(log)
+        self.workers[index] = Worker(identity, process, time.monotonic())
+
+    def start_missing(self) -> None:
+        """Start simulators that are not there, not more at once than the cores can start."""
+        starting = sum(not self.has_played(i) for i, w in enumerate(self.workers) if w)
+        for index, worker in enumerate(self.workers):
+            if worker is None and starting < self.most_starting:
+                self.start(index)
+                starting += 1
+
+    def has_played(self, index: int) -> bool:
+        """Whether a simulator has sent something since it was started."""
+        return bool(self.progress.counters[index, Progress.SENT])
+
+    def answers(self, index: int) -> int:
+        """How many answers a simulator has got since it was started."""
+        return int(self.progress.counters[index, Progress.RECEIVED])
+
+    @property
+    def connected(self) -> int:
+        """How many simulators have sent something."""
+        return sum(self.has_played(i) for i, worker in enumerate(self.workers) if worker)
+
+    def check(self) -> list[str]:
+        """End simulators that hang, and forget those that ended; returns a sentence for each.
+
+        UserError with its last words for one that fails again and again.
+        """
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return []
+        # A process that was stopped for a while does not know whether the simulators were too.
+        elapsed, self.looked = min(1.0, now - self.looked), now
+        events = []
+        for index, worker in enumerate(self.workers):
+            if worker is None:
+                continue
+            code = worker.process.poll()
+            if code is None and not self.hangs(index, worker, elapsed):
+                continue
+            if code is None:
+                how = f"was silent for {worker.stuck:.0f} seconds"
+            else:
+                how = self.last_words(index, code)
+            how = f"simulator {index} {how}"
+            self.end_worker(worker)
+            self.workers[index] = None
+            self.count_failure(index, worker, code, how)
+            events.append(how)
+        if now - self.looked_at_logs > LOG_LOOK_SECONDS:
+            self.looked_at_logs = now
+            for index in range(len(self.workers)):
+                shorten(self.log_path(index))
+        return events
+
+    def hangs(self, index: int, worker: Worker, elapsed: float) -> bool:
+        """Whether a simulator has made no progress for too long, though it is its turn."""
+        steps, sent, _ = self.progress.counters[index].tolist()
+        if sent > self.answers(index) or steps != worker.steps:
+            worker.stuck = 0.0
+        else:
+            worker.stuck += elapsed
+        worker.steps = steps
+        return worker.stuck > (HANG_SECONDS if sent else START_SECONDS)
+
+    def count_failure(self, index: int, worker: Worker, code: int | None, how: str) -> None:
+        """Raise SimulatorError where it is of no use to start a simulator anew.
+
+        One that has played and was killed from outside has not failed, unless that happens again
+        and again in its first seconds.
+        """
+        lived = time.monotonic() - worker.started
+        played = self.has_played(index)
+        if played and lived >= ATTEMPT_SECONDS:
+            self.failures[index] = 0
+        if played and code in KILLED:
+            self.short_lives[index] = self.short_lives[index] + 1 if lived < SHORT_LIFE else 0
+            if self.short_lives[index] >= SHORT_LIVES:
+                again = f"{SHORT_LIVES} times in a row, each within {SHORT_LIFE:.0f} seconds"
+                raise SimulatorError(f"{how}; {again}: {LIKELY_CAUSE}", code)
+        else:
+            self.failures[index] += 1
+        if code == UNMENDABLE or self.failures[index] >= self.attempts:
+            if code == -signal.SIGKILL:
+                how += f"; {LIKELY_CAUSE}"
+            raise SimulatorError(how, code)
+
+    def last_words(self, index: int, code: int) -> str:
+        """How a simulator ended, and what it said."""
+        text = tail(self.log_path(index)).decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines()]
+        said = next((line for line in reversed(lines) if line), "no message")
+        if code < 0:
+            return f"was killed by signal {-code}: {said}"
+        return f"ended with code {code}: {said}"
+
+    def end_worker(self, worker: Worker) -> None:
+        """Kill a simulator and what its games have started, if that is still there."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.process.pid, signal.SIGKILL)
+        worker.process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            worker.process.stdin.close()
+
+    def end_all(self) -> None:
+        """End all simulators; they have a moment to close their games."""
+        workers = [worker for worker in self.workers if worker is not None]
+        end([worker.process for worker in workers], END_SECONDS)
+        for worker in workers:
+            self.end_worker(worker)
+        self.workers = [None] * len(self.workers)
+
+    def close(self) -> None:
+        """End all simulators and remove the directory."""
+        with undisturbed():
+            self.end_all()
+            shutil.rmtree(self.directory, ignore_errors=True)
+            os.close(self.lock)
+
+
+class RemotePool(Pool):
+    """Simulators that join a run on another machine, and join it again when they lost it."""
+
+    attempts = math.inf
+
+    def __init__(self, a: argparse.Namespace):
+        super().__init__(a.env, a.simulator_proc, a.players, a.seed)
+        self.a = a
+
+    def name(self, index: int) -> str:
+        """Begins with the game, for the run to see that it is the same."""
+        return f"{self.a.env} {secrets.token_hex(16)}"  # nobody else calls itself so
+
+    def options(self, index: int) -> list[str]:
+        """The address of the run."""
+        ipv6 = ["--ipv6=1"] if self.a.ipv6 else []
+        return [f"--connect={self.a.connect}", f"--key={os.path.abspath(self.a.key)}", *ipv6]
+
+
+class Fleet(Pool):
+    """The simulators of this process, in groups with a master each.
+
+    Simulator i belongs to group i % groups; each has `players` players. options: further ones of
+    the simulator program.
+    """
+
+    def __init__(
+        self, env_id: str, simulators: int, players: int, groups: int, seed: int, *options: str
+    ):
+        self.masters: list[Master] = []
+        self.context = zmq.Context()
+        self.memory, frames = None, None
+        super().__init__(env_id, simulators, players, seed, *options)
+        try:
+            if hasattr(os, "memfd_create"):  # on Linux; it has no name that could be left behind
+                self.memory = os.memfd_create(PREFIX + "frames")
+                os.ftruncate(self.memory, simulators * players * FRAME_BYTES)
+                frames = share_frames(self.memory, players)
             for group in range(groups):
                 address = f"{IPC}{self.directory}/{group}"
                 size = len(range(group, simulators, groups))
                 of_group = None if frames is None else frames[group::groups]
                 master = Master(self.context, address, size, players, frames=of_group)
                 self.masters.append(master)
-            self.start_all()
+            self.start_missing()
         except BaseException:
             self.close()
             raise
-
-    def start_all(self) -> None:
-        """Start the simulators, and the process that forks them."""
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        if self.memory is not None:
-            pipes["pass_fds"] = [self.memory]
-        with open(f"{self.directory}/log", "wb") as log:
-            # A session of its own: Ctrl-C is for the training process.
-            self.nursery = subprocess.Popen(
-                self.command, env=environment, stderr=log, start_new_session=True, **pipes
-            )
-        os.set_blocking(self.nursery.stdout.fileno(), False)
-        self.heard = b""
-        for index in range(len(self.identities)):
-            self.start(index)
 
     def seat(self, index: int) -> tuple[Master, int]:
         """Master and place of a simulator."""
         return self.masters[index % len(self.masters)], index // len(self.masters)
 
-    def start(self, index: int) -> None:
-        """Start a simulator; those that replace it will call themselves otherwise."""
+    def options(self, index: int) -> list[str]:
+        """The address of its master, and where its frames go."""
+        memory = [] if self.memory is None else [f"--memory={self.memory}"]
+        return [f"--connect={self.seat(index)[0].address}", *memory]
+
+    def inherited_files(self) -> list[int]:
+        """The memory of the frames."""
+        return [] if self.memory is None else [self.memory]
+
+    def prepare(self, index: int, identity: str) -> None:
+        """Keep its place for a simulator."""
         master, place = self.seat(index)
-        self.lives.pop(self.identities[index], None)
-        self.identities[index] = identity = f"simulator-{index}.{next(self.births)}"
-        self.born[index] = time.monotonic()
         master.admit(identity.encode(), place)
-        line = f"{identity} {index % len(self.masters)} {index}\n"
-        with contextlib.suppress(BrokenPipeError):  # check will see it
-            self.nursery.stdin.write(line.encode())
-            self.nursery.stdin.flush()
 
-    def is_connected(self, index: int) -> bool:
-        """Whether a simulator has sent something."""
-        return self.identities[index].encode() in self.seat(index)[0].connected
-
-    @property
-    def connected(self) -> int:
-        """How many simulators have sent something."""
-        return sum(map(self.is_connected, range(len(self.identities))))
-
-    def hear(self) -> None:
-        """Take in what is said of the lives of simulators."""
-        data = self.nursery.stdout.read() or b""
-        *lines, self.heard = (self.heard + data).split(b"\n")
-        for line in lines:
-            identity, *numbers = line.decode().split()
-            if identity in self.identities:
-                self.lives[identity] = [int(number) for number in numbers]
+    def answers(self, index: int) -> int:
+        """How many answers were sent to a simulator, whether or not it has read them."""
+        peer = self.seat(index)[0].peers.get(self.workers[index].identity.encode())
+        return peer.answers if peer else 0
 
     def check(self) -> list[str]:
-        """Replace simulators that have ended or hang; returns a sentence for each.
-
-        UserError with its last words for one that fails again and again. One that played and was
-        killed from outside has not failed.
-        """
-        self.hear()
-        if (code := self.nursery.poll()) is not None:
-            how = f"the process behind the simulators {self.last_words('log', code)}"
-            self.exit_code = code
-            if code not in KILLED:
-                raise UserError(how)
-            self.end()
-            self.start_all()
-            return [how]
-        events = []
-        for index, identity in enumerate(self.identities):
-            master, _ = self.seat(index)
-            pid, code = (*self.lives.get(identity, []), None, None)[:2]
-            patience = HANG_SECONDS if self.is_connected(index) else START_SECONDS
-            silence = master.silence(identity.encode())
-            if code is None and silence <= patience:
-                continue
-            if code is None:
-                how = f"was silent for {silence:.0f} seconds"
-                if pid is not None:
-                    kill(pid)
-            else:
-                how = self.last_words(f"{index}.log", code)
-            how = f"simulator {index} {how}"
-            lived = time.monotonic() - self.born[index]
-            if self.is_connected(index) and lived >= ATTEMPT_SECONDS:
-                self.failures[index] = 0
-            if code not in KILLED or not self.is_connected(index):
-                self.failures[index] += 1
-                if self.failures[index] >= self.attempts:
-                    raise UserError(how)
-            self.start(index)
-            events.append(how)
+        """As Pool.check; and start what is missing."""
+        events = super().check()
+        self.start_missing()
         return events
 
-    def last_words(self, log: str, code: int) -> str:
-        """How a process ended, and what it said."""
-        words = []
-        with (
-            contextlib.suppress(OSError),
-            open(f"{self.directory}/{log}", errors="replace") as file,
-        ):
-            words = [line.strip() for line in file if line.strip()]
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        return f"{how}: {words[-1] if words else 'no message'}"
+    def close(self, in_use: bool = False) -> None:
+        """End all simulators and remove the sockets.
 
-    def end(self) -> None:
-        """End all simulators."""
-        end([self.nursery], END_SECONDS)
-        self.hear()
-        for pid, *code in self.lives.values():
-            if self.nursery.returncode and not code:  # it was killed, and could not end them
-                kill(pid)
-        self.nursery.stdout.close()
-        self.nursery = None
-
-    def close(self) -> None:
-        """End all simulators and remove the sockets; no thread may use the masters any more."""
+        in_use: a thread may still use a master, so that the sockets cannot be closed.
+        """
         with undisturbed():
-            if self.nursery is not None:
-                self.end()
-            self.context.destroy(linger=0)
-            shutil.rmtree(self.directory, ignore_errors=True)
-            os.close(self.lock)
+            self.end_all()
+            if not in_use:
+                self.context.destroy(linger=0)
             if self.memory is not None:
                 os.close(self.memory)
+            self.memory = None
+            super().close()
 
 
 class VectorPlayers(Fleet):
@@ -717,8 +961,8 @@ class VectorPlayers(Fleet):
 
     attempts = 1
 
-    def __init__(self, env_id: str, num_players: int, seed: int, check: Callable, *options):
-        of_each = -(-num_players // count_cores())
+    def __init__(self, env_id: str, num_players: int, seed: int, check: Callable, *options: str):
+        of_each = 1 if describe(env_id).one_per_process else -(-num_players // count_cores())
         processes = -(-num_players // of_each)
         super().__init__(env_id, processes, of_each, 1, seed, *options)
         self.num_players, self.check_run = num_players, check
@@ -734,7 +978,7 @@ class VectorPlayers(Fleet):
             first = message.place * master.players
             master.reply(message, actions[first : first + master.players].tolist())
         self.waiting = []
-        while len(self.waiting) < len(self.identities):
+        while len(self.waiting) < len(self.workers):
             self.waiting += master.receive(master.num_players, timeout_ms=200)
             self.check_run()
             for event in self.check():
@@ -762,16 +1006,26 @@ def run(a: argparse.Namespace, work: Callable[[], None]) -> int:
 def main() -> int:
     """Run simulators."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--connect", required=True, help="address of a run that listens")
-    parser.add_argument("--env", required=True, help="gymnasium id of the game")
-    parser.add_argument("--players", type=int, default=1, help="players a simulator steps together")
-    parser.add_argument("--seed", type=int, default=0, help="of the run")
-    parser.add_argument("--key", metavar="FILE", help="of the run that listens")
-    parser.add_argument("--simulator-proc", type=int, default=1, help="simulators that join a run")
-    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)  # of the parent
-    parser.add_argument("--window", action="store_true", help="show the game, at its speed")
+    add = parser.add_argument
+    add(
+        "--connect", required=True, metavar="ADDRESS", help="of a run that listens: tcp://HOST:PORT"
+    )
+    add("--env", required=True, help="gymnasium id of the game")
+    add("--players", type=count, default=1, metavar="N", help="players a simulator steps together")
+    add("--seed", type=whole, default=0, metavar="N", help="of the games")
+    add("--key", metavar="FILE", help="of the run that listens")
+    add("--simulator-proc", type=count, default=1, metavar="N", help="simulators that join a run")
+    # What a pool tells its simulators.
+    add("--identity", help=argparse.SUPPRESS)
+    add("--index", type=int, help=argparse.SUPPRESS)
+    add("--progress", help=argparse.SUPPRESS)
+    add("--memory", type=int, help=argparse.SUPPRESS)
+    add("--ipv6", type=int, default=0, help=argparse.SUPPRESS)
+    add("--window", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args()
-    return run(a, lambda: serve_run(a) if a.connect.startswith(IPC) else join_run(a))
+    if a.identity is not None:
+        run_simulator(a)
+    return run(a, lambda: join_run(a))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,27 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import common
-from common import FRAME_SHAPE, STATE_SHAPE, Recorder, UserError, count_cores, summary, write_file
-from simulator import SIGNALS, VectorPlayers, end, end_with_parent, on_signals, undisturbed
+from common import (
+    FRAME_SHAPE,
+    STATE_SHAPE,
+    Recorder,
+    UserError,
+    count,
+    count_cores,
+    describe,
+    summary,
+    whole,
+    write_file,
+)
+from simulator import (
+    SIGNALS,
+    SimulatorError,
+    VectorPlayers,
+    end,
+    end_with_parent,
+    on_signals,
+    undisturbed,
+)
 
 # torch and the rooms that need it are imported where they are used: --help does not wait for them.
 
@@ -65,6 +84,7 @@ EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
 CHECKPOINT_SECONDS = 300
 SAME_SIGNAL_SECONDS = 0.5  # a second signal within this time is the first one once more
 LOG_SECONDS = 10
+FORCED_END_SECONDS = 5.0  # until threads that hang in native code are left behind
 CHECK_STEPS = 500  # iterations after which several ranks compare their weights
 RANK_END_SECONDS = 5.0  # how long rank 0 has to save if all ranks are told to end
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
@@ -74,20 +94,6 @@ RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that know none
 GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, for what a program cannot help
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "pyzmq", "msgpack")
-
-
-def whole(text: str) -> int:
-    """A whole number from 0, of 32 bits."""
-    if not 0 <= int(text) < 2**32:
-        raise ValueError
-    return int(text)
-
-
-def count(text: str) -> int:
-    """A whole number from 1."""
-    if whole(text) == 0:
-        raise ValueError
-    return int(text)
 
 
 def positive(text: str) -> float:
@@ -257,7 +263,9 @@ def launch(ranks: int) -> None:
     sys.exit(code if code >= 0 else 128 - code)
 
 
-def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
+def complete(
+    chosen: dict, on_cpu: bool, ranks: int = 1, one_per_process: bool = False
+) -> argparse.Namespace:
     """All options of a rank: the chosen ones, and what fits them and its share of this machine."""
     cores = max(1, count_cores() // ranks)
     table = {name.lower(): default for name, _, default, _ in LEARNING + SPEED}
@@ -268,7 +276,8 @@ def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
     simulators = max(1, chosen.get("simulator_proc", default) // ranks)
     chosen = chosen | {"simulator_proc": simulators}
     if on_cpu:
-        table["players_per_simulator"] = max(1, CPU_PLAYERS // simulators)
+        players = 1 if one_per_process else CPU_PLAYERS // simulators
+        table["players_per_simulator"] = max(1, players)
         table["predict_batch_size"] = CPU_BATCH
         table["predictor_thread_per_gpu"] = min(-(-cores // 2), CPU_PREDICTORS)
     o = argparse.Namespace(**({"listen": None, "key": None} | table | chosen))
@@ -293,12 +302,6 @@ def complete(chosen: dict, on_cpu: bool, ranks: int = 1) -> argparse.Namespace:
         if wrong:
             raise UserError(sentence, 2)
     return o
-
-
-def count_actions(env_id: str) -> int:
-    """The number of actions of a game; UserError if there is no such game."""
-    with contextlib.closing(common.make_env(env_id)) as env:
-        return int(env.action_space.n)
 
 
 def open_run(path: str, goes_on: bool):
@@ -653,17 +656,17 @@ def file_name(env_id: str) -> str:
 
 def load_for(env_id: str | None, path: str) -> tuple:
     """Game, network, and checkpoint ({} for an .npz) out of a file, which must fit the game."""
-    actions = count_actions(env_id) if env_id else None
+    game = describe(env_id) if env_id else None
     import model
 
     network, saved = model.load(path)
-    if saved and env_id not in (None, saved["env"]):
+    if saved and game and game.env_id != describe(saved["env"]).env_id:
         raise UserError(f"{path} is a run of {saved['env']}, not of {env_id}", 2)
-    env_id = env_id or saved["env"]
-    n, actions = network.num_actions, actions or count_actions(env_id)
+    game = game or describe(saved["env"])
+    n, actions = network.num_actions, game.num_actions
     if n != actions:
-        raise UserError(f"{path} is for a game with {n} actions; {env_id} has {actions}")
-    return env_id, network, saved
+        raise UserError(f"{path} is for a game with {n} actions; {game.env_id} has {actions}")
+    return game.env_id, network, saved
 
 
 def task_train(given: dict) -> None:
@@ -676,7 +679,8 @@ def task_train(given: dict) -> None:
         env_id, network, saved = load_for(env_id, load)
         if kind not in (None, network.kind):
             raise UserError(f"{load} holds the network {network.kind}, not {kind}")
-    actions = count_actions(env_id)
+    game = describe(env_id)
+    env_id, actions = game.env_id, game.num_actions
     chosen = {"seed": secrets.randbits(32)} | saved.get("options", {}) | given
     chosen["network"] = (kind or "ba3c") if load is None else network.kind
     path = os.path.join("train_log", "train-atari-" + file_name(env_id))
@@ -691,7 +695,7 @@ def task_train(given: dict) -> None:
     devices = find_devices(gpus, ranks)
     # What is wrong is said here, before ranks wait for each other.
     local = in_environment("LOCAL_WORLD_SIZE", len(devices))
-    options = complete(chosen, devices[0].type == "cpu", local)
+    options = complete(chosen, devices[0].type == "cpu", local, game.one_per_process)
     log_file = None if in_environment("RANK", 0) else open_run(path, goes_on)
     if len(devices) > 1 and "RANK" not in os.environ:
         log_file.close()  # rank 0 opens it again
@@ -773,8 +777,8 @@ def task_play(given: dict) -> None:
     players = VectorPlayers(env_id, 1, seed, lambda: None, "--window")
     try:
         watch(players, network, count, seed, lambda episodes: None)
-    except UserError as error:
-        if players.exit_code != 0:  # 0: the window was closed
+    except SimulatorError as error:
+        if error.exit_code != 0:  # 0: the window was closed
             raise UserError(f"{error}; --output DIR writes videos instead") from error
 
 
@@ -837,11 +841,20 @@ def main() -> int:
     return code
 
 
-if __name__ == "__main__":
+def run_program() -> None:
+    """Be this program: run a task, and exit with its code, whatever threads still do."""
     try:
-        sys.exit(main())
+        code = main()
+        forced_end = threading.Timer(FORCED_END_SECONDS, os._exit, [code])
+        forced_end.daemon = True
+        forced_end.start()
+        sys.exit(code)
     finally:
         try:
             sys.stdout.flush()
         except OSError:  # nobody reads it any more: Python must not try again, and fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    run_program()

@@ -37,8 +37,8 @@ from tabulate import tabulate  # noqa: E402
 
 import model  # noqa: E402
 import predictor  # noqa: E402
-from common import Player, count_cores, make_env  # noqa: E402
-from train_atari import complete, count_actions, find_devices, make_parser  # noqa: E402
+from common import Player, count_cores, describe, make_env  # noqa: E402
+from train_atari import complete, find_devices, make_parser  # noqa: E402
 
 RECORDED = "tests.games:Recorded-v0"
 CORES = count_cores()
@@ -83,7 +83,7 @@ def forward_rate(o, env_id: str, seconds: float) -> float:
     import torch
 
     torch.set_num_threads(1)
-    network = model.Network(o.network, count_actions(env_id))
+    network = model.Network(o.network, describe(env_id).num_actions)
     size = (o.predict_batch_size, *model.STATE_SHAPE)
     states = torch.randint(0, 256, size, dtype=torch.uint8)
     if o.device.type == "cuda":  # with the way to the GPU and back
@@ -106,7 +106,7 @@ def train_rate(o, env_id: str, seconds: float) -> float:
     if o.device.type == "cuda":
         torch.cuda.set_device(o.device)
         batch = model.Batch(*(column.pin_memory() for column in batch))
-    network = model.Network(o.network, count_actions(env_id))
+    network = model.Network(o.network, describe(env_id).num_actions)
     learner = model.Learner(network, o.device, 1e-3, threads=1, bfloat16=o.bfloat16)
     return rate(lambda: learner.update(batch, 1e-4, 0.01, (0.0,)), o.batch_size, seconds)
 
@@ -213,7 +213,7 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
 
     gpu_ms: (forward, train) milliseconds of a simulated GPU, None for the real network.
     """
-    num_actions = count_actions(env_id)
+    num_actions = describe(env_id).num_actions
     if gpu_ms is None:
         network = model.Network(o.network, num_actions)
         learner = model.Learner(network, o.device, 1e-3, CORES, bfloat16=o.bfloat16)
@@ -243,7 +243,7 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
                 warm = min(warm, time.monotonic() + 3)
                 if time.monotonic() >= warm or seconds < 1:
                     feed.check()
-                    pids = [pid for pid, *_ in feed.fleet.lives.values()]
+                    pids = [worker.process.pid for worker in feed.fleet.workers]
                     cpu = time.process_time(), sum(map(tree_seconds, pids))
                     begin = (time.monotonic(), *cpu, dict(spent))
                     states, lags = 0, []

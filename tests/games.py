@@ -1,9 +1,16 @@
 """Small RGB games for tests, used as `--env tests.games:Catch-v0`."""
 
+import ctypes
 import os
+import queue
+import random
+import signal
+import subprocess
 import sys
+import threading
 import time
 
+import ale_py
 import gymnasium
 import numpy as np
 
@@ -97,7 +104,8 @@ class Count(gymnasium.Env):
     """Frames carry what they belong to: game, episode, step and last action; so do rewards.
 
     Episodes last 2 to 9 steps. reward(step, action) is known, so that a reward or a state in the
-    wrong place shows. Pixel (0, 0) of a frame is (game, episode % 250, 10 * step + last action).
+    wrong place shows. The first pixels of rows 0 to 2 are (step, last action, steps of the whole
+    episode), the bytes of the episode's number, and those of the game's.
     """
 
     observation_space = gymnasium.spaces.Box(0, 255, (84, 84, 3), np.uint8)
@@ -106,7 +114,7 @@ class Count(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
-            self.game, self.episode = seed % 251, 0
+            self.game, self.episode = seed % 2**24, 0
         self.episode += 1
         self.steps, self.last = 0, 0
         self.end = 2 + int(self.np_random.integers(8))
@@ -118,8 +126,11 @@ class Count(gymnasium.Env):
         return self.draw(), reward, self.steps == self.end, False, {}
 
     def draw(self):
-        pixel = (self.game, self.episode % 250, 10 * self.steps + self.last)
-        return np.broadcast_to(np.array(pixel, np.uint8), (84, 84, 3)).copy()
+        frame = np.zeros((84, 84, 3), np.uint8)
+        frame[0, 0] = (self.steps, self.last, self.end)
+        frame[1, 0] = list(self.episode.to_bytes(3))
+        frame[2, 0] = list(self.game.to_bytes(3))
+        return frame
 
     @staticmethod
     def reward(step, action):
@@ -142,5 +153,193 @@ class Recorded(gymnasium.Env):
         return self.frames[self.steps % 16], 1.0, self.steps == 1000, False, {}
 
 
-for game in (Catch, Chatty, Crash, NoStart, Stuck, Windowed, Recorded, Count):
+class Steady(gymnasium.Env):
+    """Twenty steps that earn 1 each: what games are made of that go wrong in one way."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (84, 84, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.draw(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.draw(), self.reward(), self.steps == 20, False, {}
+
+    def draw(self):
+        return np.full((84, 84, 3), self.steps, np.uint8)
+
+    def reward(self):
+        return 1.0
+
+
+class WithThread(Steady):
+    """Draws in a thread that its constructor starts."""
+
+    def __init__(self):
+        self.work, self.done = queue.Queue(), queue.Queue()
+        threading.Thread(target=self.draw_all, daemon=True).start()
+
+    def draw_all(self):
+        while True:
+            self.done.put(np.full((84, 84, 3), self.work.get(), np.uint8))
+
+    def draw(self):
+        self.work.put(self.steps)
+        return self.done.get(timeout=20)
+
+
+EMULATOR = """import sys
+number = 0
+for line in sys.stdin:
+    number = 0 if line == "reset\\n" else number + 1
+    print(number, flush=True)
+import time; time.sleep(100)
+"""
+
+
+class WithProcess(Steady):
+    """Its emulator is a process, which ends when it is closed and not before."""
+
+    def __init__(self):
+        command = [sys.executable, "-c", EMULATOR, f"emulator of {os.environ.get('TMPDIR')}"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.emulator = subprocess.Popen(command, text=True, **pipes)
+
+    def ask(self, word):
+        self.emulator.stdin.write(word + "\n")
+        self.emulator.stdin.flush()
+        return int(self.emulator.stdout.readline())
+
+    def reset(self, *, seed=None, options=None):
+        assert self.ask("reset") == 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        assert self.ask("step") == self.steps + 1
+        return super().step(action)
+
+    def close(self):
+        self.emulator.kill()
+        self.emulator.communicate()
+
+
+class OwnLuck(Steady):
+    """Its generator is its constructor's: no seed reaches it. Its first reward tells it."""
+
+    def __init__(self):
+        self.luck = float(np.random.default_rng().integers(2**40))
+
+    def reward(self):
+        return self.luck
+
+
+class GlobalLuck(Steady):
+    """Takes its luck from the generators that all of a process share."""
+
+    def reward(self):
+        return float(random.randrange(1000) + 1000 * np.random.randint(1000))  # noqa: NPY002
+
+
+class OnePerProcess(Steady):
+    """A process that has one cannot make another before that is closed."""
+
+    there = False
+
+    def __init__(self):
+        if OnePerProcess.there:
+            raise RuntimeError("one emulator per process")
+        OnePerProcess.there = True
+
+    def close(self):
+        OnePerProcess.there = False
+
+
+class NotFinite(Steady):
+    """Its fifth step earns what the environment says: nan or inf."""
+
+    def reward(self):
+        return float(os.environ.get("REWARD", "nan")) if self.steps == 5 else 1.0
+
+
+class SlowReset(Steady):
+    """A reset takes half a second; all players end together."""
+
+    def reset(self, *, seed=None, options=None):
+        time.sleep(0.5)
+        return super().reset(seed=seed)
+
+
+class Noisy(Steady):
+    """Prints a line in every step, and one of its own in its last."""
+
+    def step(self, action):
+        print("a line that says nothing, as it is said in every step of this game " * 10)
+        if self.steps == 19 and "DOOMED" in os.environ:
+            print("these are the last words", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+class Doomed(Steady):
+    """Is killed from outside in its tenth step, as by a limit of memory."""
+
+    def step(self, action):
+        if self.steps == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+class StuckInC(Steady):
+    """Hangs in its tenth step in C code, which lets no other thread of Python run."""
+
+    def step(self, action):
+        if self.steps == 10:
+            ctypes.PyDLL(None).sleep(3600)
+        return super().step(action)
+
+
+class Rich(Steady):
+    """Scores in the millions."""
+
+    def reward(self):
+        return 123456.0
+
+
+class Slow(Steady):
+    """Has a speed and a limit of its own."""
+
+    metadata = {"render_modes": [], "render_fps": 7}  # noqa: RUF012
+
+
+class Chosen(gymnasium.ActionWrapper):
+    """A game of ale-py with a choice of its actions, in an order of its own."""
+
+    def __init__(self, env, actions):
+        super().__init__(env)
+        self.actions, self.action_space = actions, gymnasium.spaces.Discrete(len(actions))
+
+    def action(self, action):
+        return self.actions[action]
+
+
+def pong_of_two_actions(**how):
+    gymnasium.register_envs(ale_py)
+    return Chosen(gymnasium.make("ALE/Pong-v5", **how), (2, 3))
+
+
+def breakout_reordered(**how):
+    gymnasium.register_envs(ale_py)
+    return Chosen(gymnasium.make("ALE/Breakout-v5", **how), (3, 2, 0, 1))
+
+
+GAMES = (Catch, Chatty, Crash, NoStart, Stuck, Windowed, Recorded, Count, WithThread, WithProcess)
+GAMES += (OwnLuck, GlobalLuck, OnePerProcess, NotFinite, SlowReset, Noisy, Doomed, StuckInC, Rich)
+for game in GAMES:
     gymnasium.register(f"{game.__name__}-v0", game)
+gymnasium.register("Slow-v0", Slow, max_episode_steps=6)
+gymnasium.register("Slow-v2", Slow, max_episode_steps=8)
+gymnasium.register("PongOfTwoActions-v0", pong_of_two_actions)
+gymnasium.register("BreakoutReordered-v0", breakout_reordered)

@@ -1,5 +1,6 @@
 """Players against the rules of the game, and scoring."""
 
+import math
 import os
 import subprocess
 import sys
@@ -67,6 +68,9 @@ def test_no_fire_on_reset_without_a_fire_action():
 
 def test_step_limit_ends_the_episode_and_lost_lives_do_not():
     player = Player(Script())
+    assert player.max_steps == math.inf  # for a game that sets none
+    player = Player(make_env("Breakout-v0"))
+    player.env = Script()
     for _ in range(2):
         player.reset()
         overs = [player.step(0)[2] for _ in range(common.MAX_EPISODE_STEPS)]
@@ -83,7 +87,7 @@ def test_real_games(env_id, fires, height):
     assert env.observation_space.shape == (height, 160, 3)
     reference = gymnasium.make(env_id, disable_env_checker=True)
     player = Player(env)
-    assert player.fires_on_reset == fires == ("FIRE" in env.unwrapped.get_action_meanings())
+    assert bool(player.start_actions) == fires == ("FIRE" in env.unwrapped.get_action_meanings())
     first = player.reset(seed=3)
     expected, _ = reference.reset(seed=3)
     for action in (1, 2) if fires else ():

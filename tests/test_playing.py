@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import VIDEO_FPS, Episode, Recorder, evaluate, model_card, write_submission
+from common import Episode, Recorder, evaluate, model_card, write_submission
 from model import Network, load, weights_file
 from predictor import policy_of
 from tests.test_train_atari import ROOT, command, run
@@ -34,10 +34,10 @@ def weights(tmp_path_factory):
     return path
 
 
-def frames_of(path):
+def frames_of(path, fps=20):
     """All frames of a video (n, rows, columns, 3), as another program decodes them."""
     video = cv2.VideoCapture(str(path))
-    assert video.get(cv2.CAP_PROP_FPS) == VIDEO_FPS
+    assert video.get(cv2.CAP_PROP_FPS) == fps
     assert int(video.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little") in (b"h264", b"avc1")
     frames = []
     while (frame := video.read()[1]) is not None:

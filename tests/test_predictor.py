@@ -142,11 +142,11 @@ def make_feed(network, env_id="tests.games:Count-v0", **changes):
 
 
 def watch(feed):
-    """Record the segments that go into the queue."""
+    """Record the segments that go into the queue; of their frames what Count writes there."""
     segments, put = [], feed.queue.put
 
     def record(segment):
-        segments.append(segment._replace(frames=segment.frames.copy()))
+        segments.append(segment._replace(frames=segment.frames[:, :3, 0].copy()))
         return put(segment)
 
     feed.queue.put = record
@@ -171,37 +171,55 @@ def worth_a_quarter():
     return network
 
 
+def stamp(rows):
+    """(game, episode), (step, last action, steps of the episode) of a frame of Count."""
+    number = int.from_bytes(rows[2]), int.from_bytes(rows[1])
+    return number, tuple(map(int, rows[0]))
+
+
 def check_transitions(segments):
-    """Every transition on its own; returns how many there were, and the episodes of each game."""
-    checked = 0
-    episodes_of = {}
+    """Every transition on its own, and that none is lost or comes twice.
+
+    Of each game the last episode may be there in part: it was cut by the end, or by a kill. Returns
+    how many transitions there were, and the numbers of the episodes of each game.
+    """
+    steps_of: dict[tuple, list[int]] = {}  # by game and episode
+    lengths = {}
     for frames, *columns in segments:
         following = later = None
         for i, (action, prob, future_reward, _) in enumerate(zip(*columns, strict=True)):
-            *past, (game, episode, code) = frames[
-                len(frames) - 4 - i : len(frames) - i, 0, 0
-            ].tolist()
-            step = code // 10
+            stack = frames[len(frames) - 4 - i : len(frames) - i]
+            number, (step, last, length) = stamp(stack[3])
             # The stack: frames of this very episode, zeros before its start.
-            for back, pixel in enumerate(past[::-1], 1):
+            for back in (1, 2, 3):
                 if step >= back:
-                    assert pixel[:2] == [game, episode] and pixel[2] // 10 == step - back
+                    past_number, (past_step, *_) = stamp(stack[3 - back])
+                    assert (past_number, past_step) == (number, step - back)
                 else:
-                    assert pixel == [0, 0, 0]
+                    assert not stack[3 - back].any()
             reward = Count.reward(step, int(action))
-            if following is None:
-                ends = [reward, reward + 0.5 * 0.25]  # the episode's end, or the value 1/4
-                assert min(abs(future_reward - end) for end in ends) < 1e-6
+            if following is None:  # the newest: after it the episode is over, or worth 1/4
+                bootstrap = 0.0 if step == length - 1 else 0.25
+                expected = reward + 0.5 * bootstrap
             else:
                 # The next frame carries the action that led to it, and it is the action trained on.
-                assert following == (game, episode, step + 1, int(action))
+                assert following == (number, step + 1, int(action))
                 expected = reward + 0.5 * later
-                assert future_reward == pytest.approx(expected, abs=1e-6)
+            assert future_reward == pytest.approx(expected, abs=1e-6)
             assert prob == pytest.approx(0.25)
-            following, later = (game, episode, step, code % 10), future_reward
-            episodes_of.setdefault(game, set()).add(episode)
-            checked += 1
-    return checked, episodes_of
+            following, later = (number, step, last), future_reward
+            steps_of.setdefault(number, []).append(step)
+            lengths[number] = length
+    episodes_of: dict[int, set[int]] = {}
+    for game, episode in steps_of:
+        episodes_of.setdefault(game, set()).add(episode)
+    for game, episodes in episodes_of.items():
+        assert sorted(episodes) == list(range(1, len(episodes) + 1))
+        for episode in episodes:
+            steps = sorted(steps_of[game, episode])
+            assert steps == list(range(len(steps)))
+            assert len(steps) == lengths[game, episode] or episode == len(episodes)
+    return sum(map(len, steps_of.values())), episodes_of
 
 
 def test_states_actions_rewards_and_players_stay_together():

@@ -12,6 +12,7 @@ import time
 import pytest
 import zmq
 
+import simulator
 from tests.test_faults import gone, training
 from tests.test_train_atari import ROOT, processes, run, simulators
 
@@ -59,7 +60,7 @@ def test_simulators_come_and_go(tmp_path):
             # Who has it joins, is killed, and joins again.
             for _ in range(2):
                 started.append(helper(address, key))
-                until("simulators have joined")
+                until("simulators that joined")
                 pids = simulators(key)
                 assert len(pids) == 2
                 started[-1].kill()
@@ -87,7 +88,7 @@ def test_simulators_outlive_the_run_and_join_the_next(tmp_path):
             with training(tmp_path / name, *args) as (process, _):
                 program = program or helper(address, key)
                 log, deadline = tmp_path / name / "run" / "log.log", time.monotonic() + 60
-                while "simulators have joined" not in log.read_text():
+                while "simulators that joined" not in log.read_text():
                     assert time.monotonic() < deadline
                     time.sleep(0.1)
                 process.send_signal(signal.SIGINT)
@@ -128,9 +129,14 @@ def test_a_simulator_without_a_key_does_not_start(tmp_path):
 @pytest.mark.parametrize(
     "args, text",
     [
-        (("--connect", "nonsense"), "nonsense: Invalid argument"),
-        (("--connect", "tcp://127.0.0.1:1", "--players", "0"), "counts from 1"),
-        (("--connect", "tcp://127.0.0.1:1", "--simulator-proc", "-1"), "counts from 1"),
+        (("--connect", "nonsense"), "nonsense is no address: give tcp://HOST:PORT"),
+        (("--connect", "tcp://:5555"), "tcp://:5555 is no address"),
+        (("--connect", "tcp://127.0.0.1"), "tcp://127.0.0.1 is no address"),
+        (("--connect", "tcp://127.0.0.1:99999"), "tcp://127.0.0.1:99999 is no address"),
+        (("--connect", "udp://127.0.0.1:5"), "udp://127.0.0.1:5 is no address"),
+        (("--connect", "tcp://127.0.0.1:1", "--players", "0"), "--players: invalid count"),
+        (("--connect", "tcp://127.0.0.1:1", "--seed", "-1"), "--seed: invalid whole"),
+        (("--connect", "tcp://127.0.0.1:1", "--simulator-proc", "-1"), "proc: invalid count"),
         (("--connect", "tcp://127.0.0.1:1", "--env", "Pongg-v0"), "nearest names: Pong-v0"),
     ],
 )
@@ -140,4 +146,65 @@ def test_what_helpers_cannot_do_is_said_once(tmp_path, args, text):
     done = subprocess.run(
         [*program, "--key", str(tmp_path / "key")], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1
+    (line,) = (line for line in done.stderr.splitlines() if not line.startswith(("usage", " ")))
+    assert done.returncode == 2 and text in line
+
+
+class Enough(BaseException):
+    """Ends a program that would try for ever."""
+
+
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (ConnectionRefusedError(111, "Connection refused"), "(Connection refused)"),
+        (socket.gaierror(-2, "Name or service not known"), "(Name or service not known)"),
+        (TimeoutError("timed out"), "(timed out)"),
+    ],
+)
+def test_a_run_out_of_reach_is_named_once_and_tried_again(
+    tmp_path, monkeypatch, capsys, error, text
+):
+    (tmp_path / "key").write_bytes(b"\n".join(zmq.curve_keypair()))
+    tries = []
+
+    def fail(*args, **kwargs):
+        tries.append(args)
+        raise error
+
+    def sleep(seconds):
+        if len(tries) == 3:
+            raise Enough
+
+    monkeypatch.setattr(simulator, "create_connection", fail)
+    monkeypatch.setattr(simulator.time, "sleep", sleep)
+    monkeypatch.setattr(simulator, "on_signals", lambda *args: None)
+    arguments = ["--connect", "tcp://run.invalid:5555", "--env", "tests.games:Catch-v0"]
+    monkeypatch.setattr(sys, "argv", ["simulator.py", *arguments, "--key", f"{tmp_path}/key"])
+    with pytest.raises(Enough):
+        simulator.main()
+    assert tries == [(("run.invalid", 5555),)] * 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"cannot reach tcp://run.invalid:5555 {text}; trying again"
+
+
+def test_simulators_that_came_first_join_a_run_over_ipv6(tmp_path):
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+            address = f"tcp://[::1]:{server.getsockname()[1]}"
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    key = tmp_path / "key"
+    key.write_bytes(b"\n".join(zmq.curve_keypair()))
+    program = helper(address, key)
+    try:
+        assert "cannot reach" in program.stderr.readline()
+        with training(tmp_path, "--listen", address, "--key", key) as (process, until):
+            while "simulators that joined" not in (tmp_path / "run" / "log.log").read_text():
+                until(r"epoch 1 \d+/6000")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+    finally:
+        program.send_signal(signal.SIGTERM)
+        program.communicate()
+    assert gone(processes(key))

@@ -141,7 +141,7 @@ def test_who_comes_back_to_a_run_that_listens_is_new(tmp_path, monkeypatch):
         master.reply(message, [0, 0])
         assert master.parse([b"c", header(), PIXELS]) is None  # no place
         assert master.parse([b"", header(), PIXELS]) is None  # none that plays its game
-        master.drained = master.clock = master.clock + 4.0  # and the one there is silent
+        master.peers[identity].since -= 4.0  # and the one there is silent
     assert seen == [True, True, True] and master.joined == 3
     master.socket.close()
     context.term()
@@ -167,13 +167,15 @@ def test_who_comes_back_to_a_run_that_listens_is_new(tmp_path, monkeypatch):
         [b"simulator-0", header(rewards=[[0.0], [0.0, 1.0]]), PIXELS],
         [b"simulator-0", header(finished=[]), PIXELS],
         [b"simulator-0", header(finished=[[1.0]]), PIXELS],
+        [b"simulator-0", header(finished=[[float("nan"), 10]]), PIXELS],
+        [b"simulator-0", header(finished=[[float("inf"), 10]]), PIXELS],
         [b"simulator-0", header(), PIXELS[1:]],
         [b"simulator-0", header(), PIXELS + b"x"],
     ],
 )
 def test_bad_messages_are_dropped(master, parts):
     assert master.parse(parts) is None
-    assert not master.connected
+    assert not any(peer.was_heard for peer in master.peers.values())
 
 
 def test_bad_messages_on_the_socket_are_counted_and_change_nothing(master, tmp_path):
@@ -210,7 +212,7 @@ def test_simulators_never_import_torch():
 
 def test_fleet_is_private_and_leaves_nothing():
     fleet = Fleet("tests.games:Catch-v0", 3, players=2, groups=2, seed=0)
-    directory, nursery = Path(fleet.directory), fleet.nursery.pid
+    directory = Path(fleet.directory)
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     try:
         deadline = time.monotonic() + 20
@@ -228,25 +230,25 @@ def test_fleet_is_private_and_leaves_nothing():
         assert len({m.frames.__array_interface__["data"][0] for m in messages}) == 3
         assert fleet.connected == 3
         assert fleet.check() == []
-        pids = [pid for (pid,) in fleet.lives.values()]
+        pids = pids_of(fleet)
         assert len(pids) == 3
         names = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
         assert not any("torch" in maps for maps in names)
     finally:
         fleet.close()
     assert not directory.exists()
-    assert not any(running(pid) for pid in (*pids, nursery))
+    assert not any(running(pid) for pid in pids)
 
 
 def test_what_a_game_prints_disturbs_nobody():
     fleet = Fleet("tests.games:Chatty-v0", 2, players=1, groups=1, seed=0)
     try:
         deadline = time.monotonic() + 20
-        while len(fleet.lives) < 2 or fleet.connected < 2:
+        while fleet.connected < 2:
             assert time.monotonic() < deadline
             fleet.masters[0].receive(10, timeout_ms=50)
             assert fleet.check() == []
-        assert "hello there" in Path(fleet.directory, "log").read_text()
+        assert "hello there" in Path(fleet.directory, "0.log").read_text()
     finally:
         fleet.close()
 
@@ -264,11 +266,10 @@ def test_a_signal_in_a_clean_up_waits_for_its_end():
 def test_simulators_end_when_their_parent_is_killed():
     code = "import simulator, time; f = simulator.Fleet('tests.games:Catch-v0', 2, 1, 1, 0)\n"
     code += "while f.connected < 2: f.masters[0].receive(1, 100)\n"
-    code += "f.check(); pids = [pid for pid, in f.lives.values()]\n"
-    code += "print(f.directory, f.nursery.pid, *pids, flush=True); time.sleep(60)"
+    code += "print(f.directory, *[w.process.pid for w in f.workers], flush=True); time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     directory, *pids = parent.stdout.readline().split()
-    assert len(pids) == 3 and all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    assert len(pids) == 2 and all(os.path.exists(f"/proc/{pid}") for pid in pids)
     os.kill(int(pids[1]), signal.SIGSTOP)  # also one that could not notice
     parent.kill()
     parent.wait()
@@ -279,6 +280,10 @@ def test_simulators_end_when_their_parent_is_killed():
     os.utime(directory, (0, 0))  # not one that starts just now
     Fleet("tests.games:Catch-v0", 1, 1, 1, 0).close()
     assert not os.path.exists(directory)
+
+
+def pids_of(fleet):
+    return [worker.process.pid for worker in fleet.workers if worker]
 
 
 def running(pid):
@@ -303,7 +308,7 @@ def test_there_are_as_many_players_as_wanted_on_any_number_of_cores(monkeypatch,
     monkeypatch.setattr(simulator, "count_cores", lambda: cores)
     players = VectorPlayers("tests.games:Count-v0", 7, seed=5, check=lambda: None)
     try:
-        assert players.num_players == 7 and len(players.identities) == processes
+        assert players.num_players == 7 and len(players.workers) == processes
         for actions in (None, np.zeros(7, int), np.ones(7, int)):
             assert [len(column) for column in players.step(actions)] == [7, 7, 7]
     finally:

@@ -180,16 +180,14 @@ def processes(directory):
 
 
 def simulators(directory):
-    """Those of them that another one has forked."""
-    found = processes(directory)
-    parents = {pid: re.search(r"PPid:\s(\d+)", status(pid)) for pid in found}
-    return [pid for pid in found if parents[pid] and int(parents[pid][1]) in found]
+    """Those of them that are simulators."""
+    return [pid for pid in processes(directory) if b"--identity=" in command_line(pid)]
 
 
-def status(pid):
+def command_line(pid):
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/status").read_text()
-    return ""
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,0 +1,254 @@
+"""Games of other people: what they may do, and what becomes of those that go wrong."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import simulator
+from common import Player, UserError, describe, frame_rate, make_env, start_actions
+from model import Network, weights_file
+from predictor import score
+from simulator import VectorPlayers
+from tests.test_faults import gone, training
+from tests.test_predictor import drain, make_feed, worth_a_quarter
+from tests.test_simulator import pids_of
+from tests.test_train_atari import command_line, processes, run
+
+TINY = ("--network", "a3c", "--batch-size", 16, "--steps-per-epoch", 5, "--eval-episode", 2)
+
+
+def feed_of(game, **changes):
+    """A feed of four players in two processes."""
+    sizes = {"simulator_proc": 2, "players_per_simulator": 2, "predict_batch_size": 4}
+    sizes |= {"predictor_thread_per_gpu": 1} | changes
+    return make_feed(Network("a3c", 3), f"tests.games:{game}-v0", **sizes)
+
+
+def events_until(feed, enough, seconds=60):
+    """What is said of simulators while training goes on, until `enough(events)`."""
+    events, deadline = [], time.monotonic() + seconds
+    while not enough(events):
+        assert time.monotonic() < deadline, events
+        feed.queue.get(timeout=0.05)
+        events += feed.check()
+    return events
+
+
+@pytest.mark.parametrize("game", ["WithThread", "WithProcess", "OnePerProcess"])
+def test_each_simulator_makes_its_own_games(game):
+    players = 1 if game == "OnePerProcess" else 2
+    feed = feed_of(game, players_per_simulator=players, predict_batch_size=players)
+    try:
+        drain(feed, 300)
+        assert feed.fleet.check() == []
+    finally:
+        feed.close()
+    episodes = score(f"tests.games:{game}-v0", Network("a3c", 3), 4, seed=0, log=print)
+    assert [(e.score, e.length, e.finished) for e in episodes] == [(20, 20, True)] * 4
+
+
+@pytest.mark.parametrize("end", ["close", "kill the simulator", "kill the run"])
+def test_a_game_that_has_a_process_leaves_none(tmp_path, monkeypatch, end):
+    def emulators():
+        found = processes(f"emulator of {tmp_path}")
+        return [pid for pid in found if b"emulator of" in command_line(pid)]
+
+    if end == "kill the run":
+        (tmp_path / "t").mkdir()
+        monkeypatch.setattr("tests.test_faults.CATCH", ("--env", "tests.games:WithProcess-v0"))
+        args = ("--network", "a3c")
+        with training(tmp_path, *args) as (process, _):
+            pids = processes(f"emulator of {tmp_path}")
+            assert len(pids) == 4
+            process.kill()
+            assert gone(pids)
+        return
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    feed = feed_of("WithProcess")
+    try:
+        drain(feed, 100)
+        assert len(emulators()) == 4
+        if end == "kill the simulator":
+            before = set(emulators())
+            os.kill(pids_of(feed.fleet)[0], 9)
+            events_until(feed, len)
+            events_until(feed, lambda _: feed.fleet.connected == 2)
+            assert len(emulators()) == 4 and len(before & set(emulators())) == 2
+    finally:
+        feed.close()
+    assert emulators() == []
+
+
+def first_rewards(game, seed):
+    """The first reward of each of four players in two processes."""
+    players = VectorPlayers(f"tests.games:{game}-v0", 4, seed, check=lambda: None)
+    try:
+        players.step(None)
+        return players.step(np.zeros(4, int))[1].tolist()
+    finally:
+        players.close()
+
+
+def test_no_two_players_have_the_same_luck(monkeypatch):
+    monkeypatch.setattr(simulator, "count_cores", lambda: 2)
+    for game in ("OwnLuck", "GlobalLuck"):
+        assert len(set(first_rewards(game, 5))) == 4
+    # What a seed can reach repeats itself: also the generators that all of a process share.
+    assert first_rewards("GlobalLuck", 5) == first_rewards("GlobalLuck", 5)
+    assert first_rewards("GlobalLuck", 5) != first_rewards("GlobalLuck", 6)
+
+
+def test_a_recording_repeats_itself_too(tmp_path):
+    weights = tmp_path / "x.npz"
+    weights.write_bytes(weights_file(Network("a3c", 3)))
+    args = ("--task", "gen_submit", "--env", "tests.games:GlobalLuck-v0", "--load", weights)
+    results = []
+    for name in ("a", "b"):
+        path = tmp_path / name
+        done = run(*args, "--episode", 1, "--seed", 3, "--output", path)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((path / "results.json").read_text())["episode_rewards"])
+    assert results[0] == results[1]
+
+
+def test_one_emulator_per_process_is_the_default_where_the_game_needs_it(tmp_path):
+    args = ("--env", "tests.games:OnePerProcess-v0", *TINY, "--simulator-proc", 2)
+    done = run(*args, "--max-epoch", 1, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["players_per_simulator"] == 1
+    done = run(*args, "--players-per-simulator", 2, "--output", tmp_path / "other")
+    assert done.returncode == 1 and "one emulator per process" in done.stderr
+    assert "--players-per-simulator 1" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_environment_counts_as_it_says_of_itself():
+    assert describe("Breakout").env_id == "Breakout-v4"  # gymnasium's newest
+    assert describe("Breakout-v0").env_id == "Breakout-v0"
+    assert describe("tests.games:Slow").env_id == "tests.games:Slow-v2"
+    assert describe("tests.games:OnePerProcess-v0").one_per_process
+    assert not describe("tests.games:WithProcess-v0").one_per_process
+    player = Player(make_env("tests.games:Slow-v0"))
+    player.reset()
+    assert [player.step(0)[2] for _ in range(6)] == [False] * 5 + [True]
+    limits = {"Breakout-v0": 10_000, "SpaceInvaders-v0": 10_000, "UpNDown-v0": 10_000}
+    limits |= dict.fromkeys(("Breakout-v4", "ALE/Breakout-v5", "BreakoutNoFrameskip-v0"), np.inf)
+    limits |= dict.fromkeys(("tests.games:PongOfTwoActions-v0", "tests.games:Rich-v0"), np.inf)
+    for env_id, limit in limits.items():
+        assert Player(make_env(env_id)).max_steps == limit, env_id
+    speeds = {"Breakout-v0": 20, "ALE/Breakout-v5": 15, "BreakoutNoFrameskip-v4": 60}
+    speeds |= {"tests.games:Slow-v0": 7, "tests.games:Rich-v0": 20}
+    for env_id, speed in speeds.items():
+        assert frame_rate(make_env(env_id)) == speed, env_id
+
+
+def test_fire_is_found_where_the_wrappers_have_put_it():
+    assert start_actions(make_env("Breakout-v0")) == [1, 2]  # FIRE, RIGHT
+    reordered = make_env("tests.games:BreakoutReordered-v0")
+    assert start_actions(reordered) == [3, 1]  # the same two
+    calls = []
+    inner = reordered.unwrapped
+    step = inner.step
+    inner.step = lambda action: calls.append(int(action)) or step(action)
+    Player(reordered).reset(seed=0)
+    assert calls == [1, 2]
+    assert start_actions(make_env("tests.games:PongOfTwoActions-v0")) == []
+    Player(make_env("tests.games:PongOfTwoActions-v0")).reset(seed=0)
+
+
+@pytest.mark.parametrize("reward", ["nan", "inf"])
+def test_a_reward_that_is_not_finite_is_named_at_once_in_every_task(tmp_path, reward):
+    weights, game = tmp_path / "x.npz", ("--env", "tests.games:NotFinite-v0")
+    weights.write_bytes(weights_file(Network("a3c", 3)))
+    environment = os.environ | {"REWARD": reward}
+    for task in (
+        (*TINY, "--output", tmp_path / "run"),
+        ("--task", "eval", "--load", weights, "--episode", 2),
+        ("--task", "play", "--load", weights, "--episode", 2, "--output", tmp_path / "play"),
+        ("--task", "gen_submit", "--load", weights, "--output", tmp_path / "submission"),
+    ):
+        done = run(*game, *task, env=environment, timeout=60)
+        assert done.returncode in (1, 2), task
+        assert f"NotFinite-v0: the reward is {reward} in step 5" in done.stderr, task
+        assert done.stderr.count("\n") == 1 and not re.search(r"mean +nan", done.stdout)
+
+
+def test_patience_is_for_one_reset_not_for_those_of_all_players(monkeypatch):
+    monkeypatch.setattr(simulator, "HANG_SECONDS", 1.5)
+    feed = feed_of("SlowReset", simulator_proc=1, players_per_simulator=6)
+    try:
+        drain(feed, 300)  # more than two episodes of all: six resets of half a second each
+        assert feed.check() == []
+    finally:
+        feed.close()
+
+
+def test_a_game_that_hangs_in_c_code_is_replaced(monkeypatch):
+    monkeypatch.setattr(simulator, "HANG_SECONDS", 1.0)
+    feed = feed_of("StuckInC")
+    try:
+        events = events_until(feed, lambda events: len(events) >= 2)
+        assert all(re.fullmatch(r"simulator \d was silent for \d seconds", e) for e in events)
+    finally:
+        feed.close()
+
+
+def test_a_run_that_was_stopped_for_a_while_replaces_nobody(monkeypatch):
+    """Simulators that are stopped with it are not taken for ones that hang."""
+    monkeypatch.setattr(simulator, "HANG_SECONDS", 1.0)
+    feed = make_feed(worth_a_quarter())
+    try:
+        drain(feed, 200)
+        pids = pids_of(feed.fleet)
+        for pid in pids:
+            os.kill(pid, 19)
+        time.sleep(2.5)  # this process does nothing meanwhile, as if it were stopped
+        for pid in pids:
+            os.kill(pid, 18)
+        drain(feed, 200)
+        assert feed.check() == []
+    finally:
+        feed.close()
+
+
+def test_what_games_print_is_bounded_and_its_end_is_kept(monkeypatch):
+    monkeypatch.setattr(simulator, "LOG_BYTES", 50_000)
+    monkeypatch.setattr(simulator, "LOG_LOOK_SECONDS", 0.0)
+    feed, sizes = feed_of("Noisy"), []
+    try:
+        while len(sizes) < 100:
+            drain(feed, 64)
+            sizes.append(sum(f.stat().st_size for f in Path(feed.fleet.directory).glob("*.log")))
+        # What is written between two looks comes on top.
+        assert max(sizes[50:]) < 1_000_000 and min(sizes[50:]) > 0
+    finally:
+        feed.close()
+    monkeypatch.setenv("DOOMED", "1")
+    feed = feed_of("Noisy")
+    try:
+        event = events_until(feed, len)[0]
+        assert "killed by signal 9: these are the last words" in event
+    finally:
+        feed.close()
+
+
+def test_a_simulator_that_is_killed_again_and_again_ends_the_run(monkeypatch):
+    monkeypatch.setattr(simulator, "SHORT_LIVES", 4)
+    feed = feed_of("Doomed")
+    try:
+        with pytest.raises(UserError, match=r"4 times in a row.*is there too little memory"):
+            events_until(feed, lambda events: len(events) > 20)
+    finally:
+        feed.close()
+
+
+def test_a_large_score_is_a_score():
+    torch.manual_seed(0)
+    (episode,) = score("tests.games:Rich-v0", Network("a3c", 3), 1, seed=0, log=print)
+    assert episode.score == 20 * 123456
