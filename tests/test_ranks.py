@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import Batch, Learner, Network, load
+from model import Batch, DivergedError, Learner, Network, load
 from tests.test_faults import gone
 from tests.test_train_atari import CATCH, ROOT, TINY, command, processes, run
 
@@ -34,6 +34,7 @@ def as_rank(rank, path):
     torch.manual_seed(rank)  # ranks begin with different weights, and take those of rank 0
     for kind in ("ba3c", "a3c"):
         learner = Learner(Network(kind, 4), torch.device("cpu"), 1e-3, threads=1)
+        learner.share({})
         for step in range(3):
             metrics = learner.update(random_batch(10 * step + rank, 16), 1e-3, 0.01, (rank,))
         learner.check_ranks()
@@ -41,7 +42,7 @@ def as_rank(rank, path):
         torch.save((weights, metrics), f"{path}/{kind}{rank}.pt")
         with torch.no_grad():
             learner.parameters[3][0] += rank * 1e-6
-        with pytest.raises(RuntimeError, match="different weights"):
+        with pytest.raises(DivergedError, match="different weights"):
             learner.check_ranks()
     torch.distributed.destroy_process_group()
 
