@@ -392,12 +392,12 @@ class Ranks:
     def say_waiting(self, begin: float, whom: str) -> None:
         """Say once for whom this rank waits; UserError after JOIN_SECONDS."""
         waited = time.monotonic() - begin
-        if waited > JOIN_SECONDS:
-            raise self.cannot_join(f"waited {JOIN_SECONDS:.0f} seconds for {whom}")
         if waited > JOIN_LOG_SECONDS and not self.waiting and self.speaks:
             text = f"rank {self.rank} of {self.count} waits for {whom}"
             print(f"{text}, {JOIN_SECONDS:.0f} seconds at most", flush=True)
             self.waiting = True
+        if waited > JOIN_SECONDS:
+            raise self.cannot_join(f"waited {JOIN_SECONDS:.0f} seconds for {whom}")
 
     @property
     def speaks(self) -> bool:
@@ -406,12 +406,21 @@ class Ranks:
 
     def meet(self, about: dict) -> list[dict]:
         """What each rank says of itself, in their order."""
-        names, begin = [f"rank {rank}" for rank in range(self.count)], time.monotonic()
-        self.store.set(names[self.rank], json.dumps(about))
+        everybody = range(self.count)
+        self.store.set(f"about {self.rank}", json.dumps(about))
+        self.wait_for({f"about {rank}": f"rank {rank}" for rank in everybody})
+        abouts = [json.loads(self.store.get(f"about {rank}")) for rank in everybody]
+        self.store.set(f"met {self.rank}", "")
+        if self.rank == 0:  # the store may go with it, should it end now
+            self.wait_for({f"met {rank}": f"rank {rank}" for rank in everybody})
+        return abouts
+
+    def wait_for(self, names: dict[str, str]) -> None:
+        """Wait until all these names are in the store, each of which is left by some rank."""
+        begin = time.monotonic()
         while missing := [name for name in names if not self.store.check([name])]:
-            self.say_waiting(begin, ", ".join(missing))
+            self.say_waiting(begin, ", ".join(names[name] for name in missing))
             time.sleep(0.05)
-        return [json.loads(self.store.get(name)) for name in names]
 
     def gpu_id(self) -> str:
         """What no other GPU has."""
@@ -756,7 +765,7 @@ class Training:
         simulators = {"simulator_proc": options.simulator_proc * local}
         simulators["simulator_proc_of_a_rank"] = options.simulator_proc
         config = {"env": env_id} | vars(options) | simulators | {"devices": ranks.devices}
-        config |= {"given": chosen, "versions": packages}
+        config |= {"chosen": chosen, "versions": packages}
         self.write_json("config.json", config)
         self.announce()
 
