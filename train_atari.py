@@ -378,16 +378,19 @@ class Ranks:
         if directory := os.environ.get("BATCH_A3C_LAUNCHER"):
             return distributed.FileStore(f"{directory}/ranks", self.count)
         of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        address, port = os.environ["MASTER_ADDR"], in_environment("MASTER_PORT", 1)
         if self.rank == 0 and not of_torchrun:
-            address, port = os.environ["MASTER_ADDR"], in_environment("MASTER_PORT", 1)
             return distributed.TCPStore(address, port, self.count, True, wait_for_workers=False)
-        begin = time.monotonic()
-        while True:  # in short turns, between which a signal is heard
-            try:
-                a_moment = datetime.timedelta(seconds=2)
-                return next(distributed.rendezvous("env://", timeout=a_moment))[0]
-            except RuntimeError:  # rank 0 is not there yet
+        begin, connected = time.monotonic(), False
+        while not connected:  # torch would wait without a word, and deaf to Ctrl-C
+            with contextlib.suppress(OSError):
+                socket.create_connection((address, port), timeout=2).close()
+                connected = True
+            if not connected:
                 self.say_waiting(begin, "rank 0")
+                time.sleep(0.2)
+        wait = datetime.timedelta(seconds=JOIN_SECONDS)
+        return next(distributed.rendezvous("env://", timeout=wait))[0]
 
     def say_waiting(self, begin: float, whom: str) -> None:
         """Say once for whom this rank waits; UserError after JOIN_SECONDS."""
