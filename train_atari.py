@@ -275,12 +275,15 @@ def resumed_options(saved: dict, given: dict) -> tuple[dict, list[str]]:
     """The options of a run that a resumed one has too, and what it has otherwise than before.
 
     What belongs to a machine is not among them: the address where the run listened, and its key.
+    They are remembered as `listened`, so that no later start makes another key unasked.
     """
-    options = {k: v for k, v in saved.items() if k not in ("listen", "key", "gpu", "ranks")}
-    listened, key = saved.get("listen"), saved.get("key")
+    of_machine = ("listen", "key", "listened", "gpu", "ranks")
+    options = {name: value for name, value in saved.items() if name not in of_machine}
+    listened, key = saved.get("listened") or (saved.get("listen"), saved.get("key"))
     if not isinstance(listened, str) or not isinstance(key, str):
         return options, []
     if "listen" not in given:
+        options["listened"] = (listened, key)
         way = f"--listen {listened} --key {key}"
         return options, [f"it does not listen; as before it would with {way}"]
     new_key = given.get("key", key)
@@ -760,7 +763,8 @@ class Training:
             self.log(f"restored {saved['file']}: weights, optimizer, {done.format(**self.at)}")
         if changes:
             self.log("otherwise than before: " + "; ".join(changes))
-        self.at, self.stats = self.learner.share({"run": [self.at, self.stats]})["run"]
+        run = self.learner.share({"at": self.at, "stats": self.stats})
+        self.at, self.stats = run["at"], run["stats"]
         self.began -= self.at["elapsed_s"]
         self.at["starts"] += 1
         packages = {name: version(name) for name in PACKAGES}

@@ -166,6 +166,7 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
         assert "GLHF" not in errors
         if engine == "script":
             assert len(errors.splitlines()) == (victim != "launcher"), errors
+            assert victim != "rank 1" or "rank 1: it was killed by signal 9" in errors
             codes = {"rank 1": 1, "interrupt": 130, "all": 143, "launcher": -9}
             assert process.returncode == codes[victim]
         if victim == "interrupt":
@@ -384,7 +385,7 @@ def mark(self, *args, **kwargs):
 predictor.Replica.predict, model.Learner.update = predict_badly, mark""",
     "diverged": """
 import model
-train_atari.CHECK_STEPS = 5
+train_atari.CHECK_STEPS, train_atari.CHECKPOINT_SECONDS = 5, 0.0
 update = model.Learner.update
 def update_apart(self, *args, **kwargs):
     result = update(self, *args, **kwargs)
@@ -526,3 +527,8 @@ def test_a_resumed_run_neither_listens_nor_makes_another_key(tmp_path):
     assert not list((tmp_path / "there").iterdir())
     assert json.loads((checkpoint.parent / "config.json").read_text())["listen"] is None
     assert resumed_options({"seed": 1}, {}) == ({"seed": 1}, [])
+    # The start after that knows it too.
+    options, changes = resumed_options({"listen": address, "key": str(key)}, {})
+    assert resumed_options(options, {}) == (options, changes) and changes
+    with pytest.raises(UserError, match="the key of this run is"):
+        resumed_options(options, {"listen": address, "key": str(tmp_path / "run.key")})
