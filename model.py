@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import io
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,9 @@ def collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RanksError(str(error).partition("\n")[0]) from error
+        # gloo: `[/path/to/pair.cc:537] What happened. This is typically caused by a remote ...`
+        text = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])
+        raise RanksError(text.partition(". This is typically")[0]) from error
 
 
 def broadcast_bytes(content: bytes, device: torch.device) -> bytes:
