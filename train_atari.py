@@ -175,7 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--env", help="gymnasium id of an Atari game, such as Breakout-v0 (required)")
     add("--task", choices=TASKS, default="train", help="default: train")
-    add("--gpu", help="GPUs, as 0,1,2; default: all, or the CPU where there is none")
+    add("--gpu", help="GPUs, as 0,1,2; default: as before, or all, or the CPU")
     add("--ranks", type=count, metavar="N", help="so many processes that train as one, on a CPU")
     add("--load", metavar="FILE", help="weights.npz to start from, or checkpoint.pt to go on with")
     of_run = "of the run, default train_log/train-atari-ENV; of a submission, default output_dir"
@@ -342,10 +342,10 @@ class Ranks:
             self.store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
             gpu = None if device.type == "cpu" else self.gpu_id()
             about = {"same": same, "device": str(device), "gpu": gpu, "seed": seed}
-            everybody = self.meet(about)
-            self.devices = [about["device"] for about in everybody]
-            self.seed = everybody[0]["seed"]
-            self.agree(everybody)
+            of_all = self.meet(about)
+            self.devices = [of_one["device"] for of_one in of_all]
+            self.seed = of_all[0]["seed"]
+            self.agree(of_all)
             if in_environment("LOCAL_WORLD_SIZE", 1) == self.count:
                 stay_on_this_machine()
             distributed.init_process_group(
@@ -412,20 +412,19 @@ class Ranks:
 
     def meet(self, about: dict) -> list[dict]:
         """What each rank says of itself, in their order."""
-        everybody = range(self.count)
         self.store.set(f"about {self.rank}", json.dumps(about))
-        self.wait_for({f"about {rank}": f"rank {rank}" for rank in everybody})
-        abouts = [json.loads(self.store.get(f"about {rank}")) for rank in everybody]
+        self.wait_for_all("about")
+        of_all = [json.loads(self.store.get(f"about {rank}")) for rank in range(self.count)]
         self.store.set(f"met {self.rank}", "")
         if self.rank == 0:  # the store may go with it, should it end now
-            self.wait_for({f"met {rank}": f"rank {rank}" for rank in everybody})
-        return abouts
+            self.wait_for_all("met")
+        return of_all
 
-    def wait_for(self, names: dict[str, str]) -> None:
-        """Wait until all these names are in the store, each of which is left by some rank."""
-        begin = time.monotonic()
-        while missing := [name for name in names if not self.store.check([name])]:
-            self.say_waiting(begin, ", ".join(names[name] for name in missing))
+    def wait_for_all(self, word: str) -> None:
+        """Wait until each rank has left this word in the store."""
+        begin, ranks = time.monotonic(), range(self.count)
+        while missing := [rank for rank in ranks if not self.store.check([f"{word} {rank}"])]:
+            self.say_waiting(begin, ", ".join(f"rank {rank}" for rank in missing))
             time.sleep(0.05)
 
     def gpu_id(self) -> str:
@@ -435,16 +434,19 @@ class Ranks:
         return str(torch.cuda.get_device_properties(self.device).uuid)
 
     @staticmethod
-    def agree(everybody: list[dict]) -> None:
+    def agree(of_all: list[dict]) -> None:
         """UserError unless all ranks train the same, each on a GPU of its own or all on a CPU."""
-        for rank, about in enumerate(everybody):
-            for name, value in everybody[0]["same"].items():
+        for rank, about in enumerate(of_all):
+            for name, value in of_all[0]["same"].items():
                 other = about["same"].get(name)
                 if other != value:
                     text = f"rank 0 has {name} {value}, rank {rank} has {other}"
                     raise UserError(f"{text}: all ranks must train the same", 2)
         gpus: dict[str, int] = {}
-        for rank, about in enumerate(everybody):
+        for rank, about in enumerate(of_all):
+            if (about["gpu"] is None) != (of_all[0]["gpu"] is None):
+                text = f"rank 0 is on {of_all[0]['device']}, rank {rank} on {about['device']}"
+                raise UserError(f"{text}: all ranks need a GPU, or none", 2)
             if about["gpu"] in gpus:
                 text = f"ranks {gpus[about['gpu']]} and {rank} have the same one"
                 raise UserError(f"each rank needs a GPU of its own, but {text}", 2)
@@ -584,8 +586,10 @@ def stay_on_this_machine() -> None:
 
 @contextlib.contextmanager
 def private_directory() -> Iterator[str]:
-    """A directory that only its owner can enter. If this process is killed the next start, which
-    looks for those that nobody has locked, removes it."""
+    """A directory that only its owner can enter.
+
+    If this process is killed, the next start removes it, for nobody holds its lock any more.
+    """
     path = tempfile.mkdtemp(prefix=PREFIX)
     lock = os.open(path, os.O_RDONLY)
     try:
@@ -644,7 +648,7 @@ def launch(ranks: int) -> None:
     last = failed if failed and silent else 0
     code = processes[last].returncode
     if code < 0:
-        raise UserError(f"rank {last} {how_it_ended(code)}", 128 - code)
+        raise UserError(f"rank {last} {how_it_ended(code)}", 1 if last else 128 - code)
     sys.exit(code)
 
 

@@ -324,6 +324,9 @@ def test_each_rank_has_a_gpu_of_its_own():
     assert error.value.code == 2
     Ranks.agree(ranks[:2])
     Ranks.agree([{"same": {}, "gpu": None}] * 3)
+    mixed = [{"same": {}, "gpu": gpu, "device": gpu or "cpu"} for gpu in ("a", None)]
+    with pytest.raises(UserError, match="rank 0 is on a, rank 1 on cpu: all ranks need a GPU"):
+        Ranks.agree(mixed)
 
 
 def test_a_rank_that_never_comes_is_waited_for_with_a_line_and_a_sentence(tmp_path):
