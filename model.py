@@ -5,12 +5,14 @@ Sources: Mnih et al. 2016, "Asynchronous Methods for Deep Reinforcement Learning
 Yong et al. 2020, "Gradient Centralization" (updates that leave the means of filters as they are).
 """
 
+import contextlib
 import copy
 import functools
 import io
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -36,6 +38,37 @@ warm_up_stream = functools.cache(torch.cuda.Stream)  # here first, for a stream 
 
 class WeightFileError(OSError):
     """A weight file that cannot be used; the text is a sentence that says why."""
+
+
+class RanksError(RuntimeError):
+    """A collective of the ranks failed: another rank has ended, or cannot be reached."""
+
+
+class DivergedError(RuntimeError):
+    """The ranks do not hold the same weights any more."""
+
+
+@contextlib.contextmanager
+def collective() -> Iterator[None]:
+    """Turn whatever gloo or NCCL raise in this block into a RanksError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo: `[/path/to/pair.cc:537] What happened. This is typically caused by a remote ...`
+        text = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])
+        raise RanksError(text.partition(". This is typically")[0]) from error
+
+
+def broadcast_bytes(content: bytes, device: torch.device) -> bytes:
+    """The `content` of rank 0, on every rank; what the others pass in is ignored."""
+    size = torch.tensor(len(content), device=device)
+    with collective():
+        distributed.broadcast(size, 0)
+        buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
+        if distributed.get_rank() == 0:
+            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        distributed.broadcast(buffer, 0)
+        return buffer.cpu().numpy().tobytes()
 
 
 class Network(nn.Module):
@@ -234,9 +267,6 @@ class Learner:
         # Gradients are those of this one, which follows the other where it is a copy.
         self.worker = in_bfloat16(network) if bfloat16 else network
         self.centered = network.filters() if center_filters else []
-        if self.ranks > 1:  # rank 0 says with which weights all begin
-            for parameter in self.parameters:
-                distributed.broadcast(parameter.data, 0)
         self.optimizer = torch.optim.Adam(self.parameters, fused=True)
         self.cuda = device.type == "cuda"
         self.clip = clip_gradients
@@ -251,6 +281,9 @@ class Learner:
 
     def update(self, batch: Batch, learning_rate: float, entropy_beta: float, extra=()):
         """Apply one synchronous update of all ranks; returns METRICS (8,) and `extra` behind them.
+
+        RanksError if that fails; with gloo nothing has changed then, for the ranks exchange their
+        gradients before anything else changes.
 
         Both are means over the ranks, on the learner's device. Adam is TensorFlow's:
         w -= lr_t * m / (sqrt(v) + eps), lr_t = lr sqrt(1-b2^t) / (1-b1^t). torch divides sqrt(v) by
@@ -285,19 +318,32 @@ class Learner:
     def average(self, tensors: list[torch.Tensor]) -> None:
         """Make these tensors their means over all ranks: one transfer of all of them together."""
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        distributed.all_reduce(flat)
+        with collective():
+            distributed.all_reduce(flat)
         parts = (flat / self.ranks).split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
 
     def check_ranks(self) -> None:
-        """Raise RuntimeError if the ranks do not hold the same weights, to the bit."""
+        """Raise DivergedError if the ranks do not hold the same weights, to the bit."""
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
         words = flat.view(torch.int32).long()
         sums = torch.stack((words.sum(), -words.sum()))
-        distributed.all_reduce(sums, distributed.ReduceOp.MAX)
+        with collective():
+            distributed.all_reduce(sums, distributed.ReduceOp.MAX)
         if sums.sum() != 0:
-            raise RuntimeError("the ranks hold different weights")
+            raise DivergedError("the ranks hold different weights")
+
+    def share(self, run: dict) -> dict:
+        """Make all ranks hold what rank 0 holds: weights, optimizer, updates; returns its `run`."""
+        if self.ranks == 1:
+            return run
+        file = io.BytesIO()
+        torch.save({"learner": self.state_dict(), "run": run}, file)
+        content = io.BytesIO(broadcast_bytes(file.getvalue(), self.device))
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        self.load_state_dict(state["learner"])
+        return state["run"]
 
     def gradients(self, batch: Batch, entropy_beta: float) -> tuple[torch.Tensor, list]:
         """Loss terms (6,) and the gradient of the cost for each parameter, before clipping.

@@ -38,12 +38,14 @@ import json
 import math
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 import cv2
@@ -65,6 +67,7 @@ from common import (
     write_file,
 )
 from simulator import (
+    PREFIX,
     SIGNALS,
     SimulatorError,
     VectorPlayers,
@@ -85,7 +88,13 @@ CHECKPOINT_SECONDS = 300
 SAME_SIGNAL_SECONDS = 0.5  # a second signal within this time is the first one once more
 LOG_SECONDS = 10
 FORCED_END_SECONDS = 5.0  # until threads that hang in native code are left behind
-CHECK_STEPS = 500  # iterations after which several ranks compare their weights
+CHECK_STEPS = 100  # iterations after which several ranks compare their weights
+JOIN_SECONDS = 300.0  # how long a rank waits for the others at its start
+JOIN_LOG_SECONDS = 5.0  # after so long it says for which ones
+# A collective waits for simulators of other ranks, which may need START_SECONDS three times.
+COLLECTIVE_SECONDS = 1800.0
+EVALUATION_SECONDS = 86400.0  # how long the other ranks wait while rank 0 evaluates
+REASON_SECONDS = 1.0  # how long rank 0 waits for word of why another rank has ended
 RANK_END_SECONDS = 5.0  # how long rank 0 has to save if all ranks are told to end
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
 SIMULATOR_BYTES, PLAYER_BYTES = 5e6, 1.5e6  # what simulators do not share, measured with Breakout
@@ -158,6 +167,11 @@ SPEED = (
 LEARNING_OF_A3C = {"adam_epsilon": 1e-5, "learning_rate": "7e-4", "center_filters": 1}
 
 
+def flag(name: str) -> str:
+    """`BATCH_SIZE` -> `--batch-size`."""
+    return "--" + name.lower().replace("_", "-")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line. Options that are not given are not in its result."""
     parser = argparse.ArgumentParser(
@@ -168,7 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--env", help="gymnasium id of an Atari game, such as Breakout-v0 (required)")
     add("--task", choices=TASKS, default="train", help="default: train")
-    add("--gpu", help="GPUs, as 0,1,2; default: all, or the CPU where there is none")
+    add("--gpu", help="GPUs, as 0,1,2; default: as before, or all, or the CPU")
     add("--ranks", type=count, metavar="N", help="so many processes that train as one, on a CPU")
     add("--load", metavar="FILE", help="weights.npz to start from, or checkpoint.pt to go on with")
     of_run = "of the run, default train_log/train-atari-ENV; of a submission, default output_dir"
@@ -181,10 +195,9 @@ def make_parser() -> argparse.ArgumentParser:
     for title, options in (("what changes learning", LEARNING), ("what changes speed", SPEED)):
         group = parser.add_argument_group(title)
         for name, kind, default, text in options:
-            flag = "--" + name.lower().replace("_", "-")
             of_a3c = LEARNING_OF_A3C.get(name.lower())
             text += f" (default {default}" + (f"; with a3c {of_a3c})" if of_a3c else ")")
-            group.add_argument(flag, type=kind, metavar="X", help=text)
+            group.add_argument(flag(name), type=kind, metavar="X", help=text)
     return parser
 
 
@@ -204,63 +217,446 @@ def find_devices(gpus: str | None, ranks: int | None) -> list:
     return [torch.device("cuda", number) for number in numbers]
 
 
-def join_ranks(devices: list):
-    """The device of this rank; where there are several, they are connected now."""
+def describe_ranks(count: int, gpu: str | None) -> str:
+    """`2 ranks on GPU 0,1`, `1 rank on the CPU`."""
+    return f"{count} rank{'s' * (count > 1)} on {'the CPU' if gpu is None else f'GPU {gpu}'}"
+
+
+def gpu_numbers(devices: list) -> str | None:
+    """What --gpu is for these devices; None for the CPU."""
     import torch
 
-    rank, local = in_environment("RANK", 0), in_environment("LOCAL_RANK", 0)
+    devices = [torch.device(device) for device in devices]
+    numbers = dict.fromkeys(str(device.index) for device in devices if device.type == "cuda")
+    return ",".join(numbers) or None
+
+
+def ranks_of(options: dict) -> tuple[int | None, str | None]:
+    """Number of ranks and --gpu of a run, in the options of its checkpoint; None: not known."""
+    count, gpu = options.get("ranks"), options.get("gpu")
+    is_count = type(count) is int and 0 < count < 2**16
+    is_gpu = isinstance(gpu, str) and all(number.isdecimal() for number in gpu.split(","))
+    return (count, gpu if is_gpu else None) if is_count else (None, None)
+
+
+def resumed_devices(count: int, gpu: str | None) -> list:
+    """A device for each rank of a resumed run: those that it had, if this machine has them."""
+    import torch
+
+    available = find_devices(None, None)
+    if gpu is None or available[0].type == "cpu":
+        return find_devices(None, count)
+    devices = [torch.device("cuda", int(number)) for number in gpu.split(",")]
+    if len(devices) == count and set(devices) <= set(available):
+        return devices
+    return available[:count]
+
+
+def choose_devices(gpus: str | None, ranks: int | None, before: dict) -> tuple[list, list[str]]:
+    """The devices of the ranks on this machine, and what a resumed run has otherwise than before.
+
+    gpus, ranks: the options as given now; before: the options in the checkpoint of a resumed run.
+    """
+    count_before, gpu_before = ranks_of(before)
+    started = "RANK" in os.environ and "BATCH_A3C_LAUNCHER" not in os.environ  # by torchrun
+    world = in_environment("WORLD_SIZE", 1) if started else None
+    if started and ranks not in (None, world):
+        text = f"--ranks {ranks}: torchrun has started {world}; leave --ranks out"
+        raise UserError(text, 2)
+    if gpus is not None or ranks is not None or count_before is None:
+        devices = find_devices(gpus, ranks)
+    else:
+        local = in_environment("LOCAL_WORLD_SIZE", 1) if started else count_before
+        devices = resumed_devices(local, gpu_before)
+    count, gpu = world or len(devices), gpu_numbers(devices)
+    now = describe_ranks(count, gpu)
+    if before and count_before is None and count > 1:
+        return devices, [f"{now}, but the checkpoint does not say how many the run had before"]
+    same = count == count_before and (gpu == gpu_before or (world and gpu and gpu_before))
+    if count_before is None or same:
+        return devices, []
+    return devices, [f"{now} instead of {describe_ranks(count_before, gpu_before)}"]
+
+
+def resumed_options(saved: dict, given: dict) -> tuple[dict, list[str]]:
+    """The options of a run that a resumed one has too, and what it has otherwise than before.
+
+    What belongs to a machine is not among them: the address where the run listened, and its key.
+    They are remembered as `listened`, so that no later start makes another key unasked.
+    """
+    of_machine = ("listen", "key", "listened", "gpu", "ranks")
+    options = {name: value for name, value in saved.items() if name not in of_machine}
+    listened, key = saved.get("listened") or (saved.get("listen"), saved.get("key"))
+    if not isinstance(listened, str) or not isinstance(key, str):
+        return options, []
+    if "listen" not in given:
+        options["listened"] = (listened, key)
+        way = f"--listen {listened} --key {key}"
+        return options, [f"it does not listen; as before it would with {way}"]
+    new_key = given.get("key", key)
+    if new_key != key and os.path.exists(key) and not os.path.exists(new_key):
+        text = f"there is no key {new_key}; the key of this run is {key}"
+        raise UserError(text, 2)
+    return options, []
+
+
+def share_simulators(chosen: dict, given: dict, ranks: int) -> list[str]:
+    """Make sure that so many ranks can share the simulators; returns what a resumed run changes."""
+    total = chosen.get("simulator_proc", ranks)
+    if total % ranks == 0:
+        return []
+    below = total - total % ranks
+    fitting = [number for number in (below, below + ranks) if number]
+    if "simulator_proc" in given:
+        way = " or ".join(map(str, fitting))
+        text = f"--simulator-proc {total}: {ranks} ranks cannot share them equally; take {way}"
+        raise UserError(text, 2)
+    chosen["simulator_proc"] = fitting[0]
+    return [f"{fitting[0]} simulators instead of {total}, which {ranks} ranks cannot share equally"]
+
+
+def is_sentence(error: BaseException | None) -> bool:
+    """Whether the text of an error says all that the user needs."""
+    sentences = (UserError, FloatingPointError, OSError)
+    return isinstance(error, sentences) or type(error).__name__ in GPU_ERRORS
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return str(error).partition("\n")[0]
+
+
+class Ranks:
+    """The ranks that train as one, as one of them sees them. Without others it is rank 0 of 1.
+
+    Ranks meet in a store, where each leaves what it is, and later why it ended: torchrun's, or a
+    file in a private directory of `launch`. As a context it ends the connection, and this process
+    with one sentence of all ranks: rank 0 says it.
+    """
+
+    def __init__(self, device, same: dict, seed: int):
+        """Connect the ranks. same: options that all of them must have; seed: that of rank 0."""
+        self.rank, self.count, self.store = in_environment("RANK", 0), 1, None
+        self.device, self.devices, self.seed = device, [str(device)], seed
+        self.waiting = False  # it has said that it waits
+        if "RANK" not in os.environ:
+            return
+        from torch import distributed
+
+        try:
+            self.count = self.world_size()
+            self.store = self.find_store()
+            self.store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
+            gpu = None if device.type == "cpu" else self.gpu_id()
+            about = {"same": same, "device": str(device), "gpu": gpu, "seed": seed}
+            of_all = self.meet(about)
+            self.devices = [of_one["device"] for of_one in of_all]
+            self.seed = of_all[0]["seed"]
+            self.agree(of_all)
+            if in_environment("LOCAL_WORLD_SIZE", 1) == self.count:
+                stay_on_this_machine()
+            distributed.init_process_group(
+                "gloo" if device.type == "cpu" else "nccl",
+                store=self.store,
+                rank=self.rank,
+                world_size=self.count,
+                timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
+            )
+        except RuntimeError as error:  # of the store too
+            raise self.cannot_join(first_line(error)) from error
+
+    def cannot_join(self, reason: str) -> UserError:
+        """The sentence of a rank that stays alone."""
+        return UserError(f"rank {self.rank} cannot join the others: {reason}")
+
+    def world_size(self) -> int:
+        """The number of ranks, of which this must be one."""
+        if "BATCH_A3C_LAUNCHER" not in os.environ:
+            for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                if name not in os.environ:
+                    raise self.cannot_join(f"{name} is not set")
+            in_environment("MASTER_PORT", 1)
+        count = in_environment("WORLD_SIZE", 1)
+        if self.rank >= count:
+            raise UserError(f"RANK is {self.rank} in the environment, but WORLD_SIZE {count}", 2)
+        return count
+
+    def find_store(self):
+        """The store of these ranks; rank 0 serves it where nobody else does."""
+        from torch import distributed
+
+        if directory := os.environ.get("BATCH_A3C_LAUNCHER"):
+            return distributed.FileStore(f"{directory}/ranks", self.count)
+        of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        address, port = os.environ["MASTER_ADDR"], in_environment("MASTER_PORT", 1)
+        if self.rank == 0 and not of_torchrun:
+            return distributed.TCPStore(address, port, self.count, True, wait_for_workers=False)
+        begin, connected = time.monotonic(), False
+        while not connected:  # torch would wait without a word, and deaf to Ctrl-C
+            with contextlib.suppress(OSError):
+                socket.create_connection((address, port), timeout=2).close()
+                connected = True
+            if not connected:
+                self.say_waiting(begin, "rank 0")
+                time.sleep(0.2)
+        wait = datetime.timedelta(seconds=JOIN_SECONDS)
+        return next(distributed.rendezvous("env://", timeout=wait))[0]
+
+    def say_waiting(self, begin: float, whom: str) -> None:
+        """Say once for whom this rank waits; UserError after JOIN_SECONDS."""
+        waited = time.monotonic() - begin
+        if waited > JOIN_LOG_SECONDS and not self.waiting and self.speaks:
+            text = f"rank {self.rank} of {self.count} waits for {whom}"
+            print(f"{text}, {JOIN_SECONDS:.0f} seconds at most", flush=True)
+            self.waiting = True
+        if waited > JOIN_SECONDS:
+            raise self.cannot_join(f"waited {JOIN_SECONDS:.0f} seconds for {whom}")
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank tells the user what holds for all: one rank of each machine does."""
+        return in_environment("LOCAL_RANK", 0) == 0
+
+    def meet(self, about: dict) -> list[dict]:
+        """What each rank says of itself, in their order."""
+        self.store.set(f"about {self.rank}", json.dumps(about))
+        self.wait_for_all("about")
+        of_all = [json.loads(self.store.get(f"about {rank}")) for rank in range(self.count)]
+        self.store.set(f"met {self.rank}", "")
+        if self.rank == 0:  # the store may go with it, should it end now
+            self.wait_for_all("met")
+        return of_all
+
+    def wait_for_all(self, word: str) -> None:
+        """Wait until each rank has left this word in the store."""
+        begin, ranks = time.monotonic(), range(self.count)
+        while missing := [rank for rank in ranks if not self.store.check([f"{word} {rank}"])]:
+            self.say_waiting(begin, ", ".join(f"rank {rank}" for rank in missing))
+            time.sleep(0.05)
+
+    def gpu_id(self) -> str:
+        """What no other GPU has."""
+        import torch
+
+        return str(torch.cuda.get_device_properties(self.device).uuid)
+
+    @staticmethod
+    def agree(of_all: list[dict]) -> None:
+        """UserError unless all ranks train the same, each on a GPU of its own or all on a CPU."""
+        for rank, about in enumerate(of_all):
+            for name, value in of_all[0]["same"].items():
+                other = about["same"].get(name)
+                if other != value:
+                    text = f"rank 0 has {name} {value}, rank {rank} has {other}"
+                    raise UserError(f"{text}: all ranks must train the same", 2)
+        gpus: dict[str, int] = {}
+        for rank, about in enumerate(of_all):
+            if (about["gpu"] is None) != (of_all[0]["gpu"] is None):
+                text = f"rank 0 is on {of_all[0]['device']}, rank {rank} on {about['device']}"
+                raise UserError(f"{text}: all ranks need a GPU, or none", 2)
+            if about["gpu"] in gpus:
+                text = f"ranks {gpus[about['gpu']]} and {rank} have the same one"
+                raise UserError(f"each rank needs a GPU of its own, but {text}", 2)
+            if about["gpu"] is not None:
+                gpus[about["gpu"]] = rank
+
+    def wait_for_evaluation(self, number: int, check: Callable[[], None]) -> None:
+        """Let the other ranks wait until rank 0 is here; a collective would not wait so long.
+
+        number: of the iterations so far; check: what a waiting rank looks after.
+        """
+        if self.count == 1:
+            return
+        from model import RanksError, collective
+
+        key, deadline = f"evaluated {number}", time.monotonic() + EVALUATION_SECONDS
+        if self.rank == 0:
+            with collective():
+                self.store.set(key, "")
+            return
+        while time.monotonic() < deadline:
+            with collective():
+                if self.store.check([key]):
+                    return
+            check()
+            time.sleep(0.1)
+        raise RanksError(f"rank 0 was not there after {EVALUATION_SECONDS:.0f} seconds")
+
+    def end_of_another(self) -> dict | None:
+        """Why another rank has ended, if one has left word of that."""
+        with contextlib.suppress(RuntimeError):  # the store went with rank 0
+            for rank in range(self.count):
+                key = f"end {rank}"
+                if rank != self.rank and self.store.check([key]):
+                    return {"rank": rank} | json.loads(self.store.get(key))
+        return None
+
+    def leave_word(self, error: BaseException) -> None:
+        """Tell the other ranks why this one ends."""
+        import model
+
+        spoilt = isinstance(error, (FloatingPointError, model.DivergedError))
+        text = first_line(error) if is_sentence(error) else f"{type(error).__name__}: {error}"
+        about = {"text": text, "code": getattr(error, "code", 1), "spoilt": spoilt}
+        with contextlib.suppress(RuntimeError):
+            if not self.store.check([f"end {self.rank}"]):  # the first one is the reason
+                self.store.set(f"end {self.rank}", json.dumps(about))
+
+    def is_spoilt(self) -> bool:
+        """Whether another rank has ended because the weights are not good any more."""
+        other = self.end_of_another() if self.count > 1 else None
+        return other is not None and other["spoilt"]
+
+    @staticmethod
+    def is_lost(error: BaseException) -> bool:
+        """Whether this is what a rank gets when it has lost the others."""
+        from torch import distributed
+
+        import model
+
+        return isinstance(error, (model.RanksError, distributed.DistError))
+
+    def explain(self, error: Exception, signum: int | None = None) -> Exception:
+        """What the run ends with: this error, or what lies behind it in another rank.
+
+        signum: of the signal that this rank was sent, if it was.
+        """
+        import model
+
+        if self.count == 1:
+            return error
+        lost, stopped = self.is_lost(error), getattr(error, "code", 1) > 128
+        if not lost and not stopped:
+            self.leave_word(error)
+            diverged = isinstance(error, model.DivergedError)
+            return UserError(f"{error}; nothing is saved") if diverged else error
+        waits = self.speaks and not stopped and not signum
+        deadline = time.monotonic() + (REASON_SECONDS if waits else 0)
+        while (other := self.end_of_another()) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if other is not None:
+            return UserError(f"rank {other['rank']}: {other['text']}", other["code"])
+        if stopped:
+            return error
+        if signum:
+            return UserError(f"stopped by {signal.Signals(signum).name}", 128 + signum)
+        return UserError(f"rank {self.rank} lost the others: {error}")
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if self.store is None:
+            return
+        from torch import distributed
+
+        reason = self.explain(error) if isinstance(error, Exception) else error
+        if error is None or self.device.type == "cpu":  # NCCL would wait for lost ranks
+            distributed.destroy_process_group()  # otherwise gloo may abort this process at its end
+        if not self.speaks and (is_sentence(reason) or isinstance(reason, KeyboardInterrupt)):
+            sys.exit(getattr(reason, "code", 1 if is_sentence(reason) else 130))
+        if reason is not error:
+            raise reason from error
+
+
+def join_ranks(devices: list, same: dict, seed: int) -> Ranks:
+    """Connect this rank with the others, if there are any."""
+    local = in_environment("LOCAL_RANK", 0)
     device = devices[local % len(devices)]
     if device.type == "cuda":
+        import torch
+
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        if os.environ.get("BATCH_A3C_LAUNCHER"):
-            end_this = (os.kill, os.getpid(), signal.SIGTERM)
-            threading.Thread(target=end_with_parent, args=end_this, daemon=True).start()
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # Nothing lets go of a rank that waits for the others here; it has nothing to clean up yet.
-        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # The others wait while rank 0 evaluates; a rank that ends is noticed at once.
-        wait = datetime.timedelta(days=1)
-        try:
-            torch.distributed.init_process_group(backend, timeout=wait)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"rank {rank} cannot join the others: {reason}") from error
-        signal.signal(signal.SIGTERM, handler)
-    return device
+    if "BATCH_A3C_LAUNCHER" in os.environ:
+        end_this = (os.kill, os.getpid(), signal.SIGTERM)
+        threading.Thread(target=end_with_parent, args=end_this, daemon=True).start()
+    try:
+        return Ranks(device, same, seed)
+    except UserError as error:
+        if local and error.code == 2:  # all ranks have found it, and one of them says it
+            sys.exit(error.code)
+        raise
+
+
+def interrupt_quietly() -> None:
+    """Let Ctrl-C end this rank without a word, for another one of this machine says it."""
+    if in_environment("LOCAL_RANK", 0) and INTERRUPTIBLE:
+        signal.signal(signal.SIGINT, lambda signum, frame: sys.exit(130))
+
+
+def stay_on_this_machine() -> None:
+    """Let gloo and NCCL listen on the loopback interface alone."""
+    names = {name for _, name in socket.if_nameindex()}
+    for name in names & {"lo", "lo0"}:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+
+
+@contextlib.contextmanager
+def private_directory() -> Iterator[str]:
+    """A directory that only its owner can enter.
+
+    If this process is killed, the next start removes it, for nobody holds its lock any more.
+    """
+    path = tempfile.mkdtemp(prefix=PREFIX)
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def how_it_ended(code: int) -> str:
+    """What an exit code says, as subprocess has it."""
+    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
 def launch(ranks: int) -> None:
     """Run this command as so many ranks, and end with the first that ends.
 
-    Signals go to rank 0, which saves.
+    Signals go to rank 0, which saves, and says what there is to say.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    world |= {"LOCAL_WORLD_SIZE": str(ranks), "BATCH_A3C_LAUNCHER": "1"}
-    world["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # when one ends, the others say so in one sentence
+    from torch import distributed
+
     processes: list[subprocess.Popen] = []
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a rank can end in good order
     on_signals(lambda signum, frame: processes[0].send_signal(signum))
-    try:
-        for rank in range(ranks):
-            environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL if rank else None}
-            command = [sys.executable, *sys.argv]
-            process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-            processes.append(process)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    with private_directory() as directory:
+        world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        world["BATCH_A3C_LAUNCHER"] = directory
         failed = 0
-        while processes[0].poll() is None and not failed:
-            time.sleep(0.1)
-            failed = next((r for r, process in enumerate(processes) if process.poll()), 0)
-    finally:
-        end(processes, LAUNCH_END_SECONDS)
-    if failed:
-        raise UserError(f"rank {failed} ended with code {processes[failed].returncode}")
+        try:
+            for rank in range(ranks):
+                environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL if rank else None}
+                process = subprocess.Popen(
+                    [sys.executable, *sys.argv], env=environment, start_new_session=True, **streams
+                )
+                processes.append(process)
+            store = distributed.FileStore(f"{directory}/ranks", ranks)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            while processes[0].poll() is None and not failed:
+                time.sleep(0.1)
+                failed = next((r for r, process in enumerate(processes) if process.poll()), 0)
+            failed = failed if processes[0].poll() is None else 0
+            if failed and not store.check([f"end {failed}"]):
+                text = how_it_ended(processes[failed].returncode)
+                about = {"text": f"it {text}", "code": 1, "spoilt": False}
+                store.set(f"end {failed}", json.dumps(about))
+            if failed:  # rank 0 will notice, unless it waits for simulators or evaluates
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    processes[0].wait(REASON_SECONDS + 1)
+        finally:
+            end(processes, LAUNCH_END_SECONDS)
     code = processes[0].returncode
-    sys.exit(code if code >= 0 else 128 - code)
+    silent = code in (128 + signal.SIGTERM, -signal.SIGKILL)  # it was ended before it could speak
+    last = failed if failed and silent else 0
+    code = processes[last].returncode
+    if code < 0:
+        raise UserError(f"rank {last} {how_it_ended(code)}", 1 if last else 128 - code)
+    sys.exit(code)
 
 
 def complete(
@@ -289,6 +685,7 @@ def complete(
     frames = 3 * players * (o.local_time_max + 3)  # of the books; of the queue: four for a state
     frames += 4 * (o.queue_size + 3 * o.batch_size + size)
     need = frames * math.prod(FRAME_SHAPE) + simulators * SIMULATOR_BYTES + players * PLAYER_BYTES
+    need *= ranks
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     waiting = f"a queue of {o.queue_size} states can never fill a batch of {o.batch_size}"
     for wrong, sentence in (
@@ -333,17 +730,19 @@ class Training:
     """A run: the learner, what feeds it, and what it leaves in its directory.
 
     chosen: the options the user gave, now or before; options: all of them; saved: its checkpoint,
-    if it goes on; log_file: of rank 0, what open_run made of `path`.
+    if it goes on; log_file: of rank 0, what open_run made of `path`; changes: what a resumed run
+    has otherwise than before.
     """
 
-    def __init__(self, env_id, chosen, options, network, device, path, saved, log_file):
+    def __init__(self, env_id, chosen, options, network, ranks, path, saved, log_file, changes):
         import torch
 
         import model
 
+        device = ranks.device
         self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, path
         self.options, self.log_file = options, log_file
-        self.rank, local = in_environment("RANK", 0), in_environment("LOCAL_WORLD_SIZE", 1)
+        self.ranks, self.rank, local = ranks, ranks.rank, in_environment("LOCAL_WORLD_SIZE", 1)
         if self.rank:
             self.options.listen = None
         self.columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
@@ -357,6 +756,8 @@ class Training:
         self.unread: list = []  # iterations whose metrics are still on the device
         self.began = self.logged = self.saved = time.monotonic()
         self.shown, self.signal = 0, None
+        self.is_whole = True  # not in the middle of an update
+        self.is_checked = True  # the ranks have compared their weights after the last update
         threads = max(1, count_cores() // local)
         how = {"center_filters": options.center_filters, "bfloat16": options.bfloat16}
         self.learner = model.Learner(network, device, options.adam_epsilon, threads, **how)
@@ -368,11 +769,18 @@ class Training:
                 self.at["best_score"] = None
             done = "{global_step} iterations, {epoch} epochs, best score {best_score}"
             self.log(f"restored {saved['file']}: weights, optimizer, {done.format(**self.at)}")
-            self.began -= self.at["elapsed_s"]
+        if changes:
+            self.log("otherwise than before: " + "; ".join(changes))
+        run = self.learner.share({"at": self.at, "stats": self.stats})
+        self.at, self.stats = run["at"], run["stats"]
+        self.began -= self.at["elapsed_s"]
         self.at["starts"] += 1
         packages = {name: version(name) for name in PACKAGES}
         packages |= {"opencv": cv2.__version__, "python": sys.version}
-        config = {"env": env_id} | vars(self.options) | {"versions": packages}
+        simulators = {"simulator_proc": options.simulator_proc * local}
+        simulators["simulator_proc_of_a_rank"] = options.simulator_proc
+        config = {"env": env_id} | vars(options) | simulators | {"devices": ranks.devices}
+        config |= {"chosen": chosen, "versions": packages}
         self.write_json("config.json", config)
         self.announce()
 
@@ -463,6 +871,19 @@ class Training:
         for event in self.feed.check():
             self.log(f"{event}; training goes on")
 
+    def is_good(self, error: Exception) -> bool:
+        """Whether what this rank holds, now that `error` ends the run, may become the checkpoint.
+
+        It must be that of a whole iteration, finite, and the same in all ranks as far as they know.
+        """
+        import model
+
+        if isinstance(error, (FloatingPointError, model.DivergedError)) or self.ranks.is_spoilt():
+            return False
+        if self.ranks.is_lost(error):  # gloo fails before an update changes anything, NCCL later
+            return self.device.type == "cpu"
+        return self.is_whole
+
     def run(self) -> None:
         """Train until the last epoch is done."""
         from torch.utils.tensorboard import SummaryWriter
@@ -487,19 +908,16 @@ class Training:
                         self.run_epoch()
                     self.end_epoch()
             except Exception as error:
-                self.log(f"the run ends: {error}")
-                if not isinstance(error, FloatingPointError) and (self.rows or self.unread):
+                reason = self.ranks.explain(error, self.signal)
+                self.log(f"the run ends: {reason}")
+                if (self.rows or self.unread) and self.is_good(error):
                     self.save()
-                others = self.learner.ranks > 1 and type(error).__name__ not in GPU_ERRORS
-                if isinstance(error, RuntimeError) and others:
-                    self.signalled = 0.0  # if a signal has ended the others, it ends this one now
-                    self.check()
-                    reason = str(error).partition("\n")[0]
-                    raise UserError(f"rank {self.rank} lost the others: {reason}") from error
-                if isinstance(error, UserError) and self.unwritten:
+                if isinstance(reason, UserError) and self.unwritten:
                     files = ", ".join(self.unwritten)
-                    raise UserError(f"{error}; not written: {files}", error.code) from error
-                raise
+                    raise UserError(f"{reason}; not written: {files}", reason.code) from error
+                if reason is error:
+                    raise
+                raise reason from error
             finally:
                 if self.rank == 0:
                     with contextlib.suppress(Exception):  # it says again what its thread said
@@ -523,13 +941,17 @@ class Training:
                 extra = (lag.mean(), lag.max(), len(self.feed.queue))
                 warmth = min(1.0, (at["global_step"] + 1) / warm_up)
                 self.rates["learning_rate"] = learning_rate * warmth
+                self.is_whole = False
                 self.unread.append(self.learner.update(batch, **self.rates, extra=extra))
                 at["global_step"] += 1
                 at["epoch_step"] += 1
+                self.is_whole = True
                 self.feed.publish(self.learner.network, at["global_step"])
                 self.bar.update()
-                if self.learner.ranks > 1 and at["global_step"] % CHECK_STEPS == 0:
+                self.is_checked = self.ranks.count == 1
+                if not self.is_checked and at["global_step"] % CHECK_STEPS == 0:
                     self.learner.check_ranks()
+                    self.is_checked = True
                 if at["epoch_step"] < steps:
                     self.after_iteration()
 
@@ -551,7 +973,7 @@ class Training:
             self.collect()
         if now - self.logged >= LOG_SECONDS:
             self.show(now)
-        if now - self.saved >= CHECKPOINT_SECONDS:
+        if now - self.saved >= CHECKPOINT_SECONDS and self.is_checked:
             self.save()
         self.check()
 
@@ -614,6 +1036,8 @@ class Training:
         if self.rank == 0 and (epoch % EVAL_EPOCH == 0 or epoch == self.options.max_epoch):
             self.save()  # so that an end in the evaluation loses nothing
             self.stats[-1] |= self.evaluate()
+        if epoch < self.options.max_epoch:
+            self.ranks.wait_for_evaluation(self.at["global_step"], self.check)
         self.at["due"] = False
         self.add_scalars(dict(list(self.stats[-1].items())[2:]))  # all behind epoch and step
         self.save()
@@ -671,6 +1095,7 @@ def load_for(env_id: str | None, path: str) -> tuple:
 
 def task_train(given: dict) -> None:
     """--task train."""
+    interrupt_quietly()
     del given["task"]
     load, output, saved = given.pop("load", None), given.pop("output", None), {}
     env_id, kind = given.pop("env", None), given.get("network")
@@ -681,7 +1106,11 @@ def task_train(given: dict) -> None:
             raise UserError(f"{load} holds the network {network.kind}, not {kind}")
     game = describe(env_id)
     env_id, actions = game.env_id, game.num_actions
-    chosen = {"seed": secrets.randbits(32)} | saved.get("options", {}) | given
+    if "key" in given:
+        given["key"] = os.path.abspath(given["key"])
+    before = saved.get("options", {})
+    resumed, changes = resumed_options(before, given)
+    chosen = {"seed": secrets.randbits(32)} | resumed | given
     chosen["network"] = (kind or "ba3c") if load is None else network.kind
     path = os.path.join("train_log", "train-atari-" + file_name(env_id))
     if saved:
@@ -692,21 +1121,27 @@ def task_train(given: dict) -> None:
 
     import model
 
-    devices = find_devices(gpus, ranks)
+    devices, other_devices = choose_devices(gpus, ranks, before)
     # What is wrong is said here, before ranks wait for each other.
     local = in_environment("LOCAL_WORLD_SIZE", len(devices))
+    changes = other_devices + share_simulators(chosen, given, local) + changes
     options = complete(chosen, devices[0].type == "cpu", local, game.one_per_process)
     log_file = None if in_environment("RANK", 0) else open_run(path, goes_on)
     if len(devices) > 1 and "RANK" not in os.environ:
         log_file.close()  # rank 0 opens it again
         return launch(len(devices))
-    device = join_ranks(devices)
-    torch.manual_seed(chosen["seed"])
-    if load is None:
-        network = model.Network(chosen["network"], actions)
-        if options.center_filters:
-            network.center_filters()
-    Training(env_id, chosen, options, network, device, path, saved, log_file).run()
+    same = {"--env": env_id, "--network": chosen["network"], "as number of actions": actions}
+    same |= {flag(name): vars(options)[name.lower()] for name, *_ in LEARNING}
+    with join_ranks(devices, same, chosen["seed"]) as ranks:
+        of_all = {"seed": ranks.seed, "ranks": ranks.count, "gpu": gpu_numbers(ranks.devices)}
+        chosen |= of_all
+        vars(options).update(of_all)
+        torch.manual_seed(ranks.seed)
+        if load is None:
+            network = model.Network(chosen["network"], actions)
+            if options.center_filters:
+                network.center_filters()
+        Training(env_id, chosen, options, network, ranks, path, saved, log_file, changes).run()
 
 
 def load_agent(given: dict, output: str | None) -> tuple:
@@ -818,6 +1253,8 @@ def main() -> int:
         parser.error("--env is required")
     # Threads that wait should sleep: there are more of them here than cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What ranks have to say of each other is one sentence, not torch's warnings.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
     if INTERRUPTIBLE:
         signal.signal(signal.SIGINT, signal.default_int_handler)

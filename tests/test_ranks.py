@@ -1,9 +1,12 @@
 """Several ranks that train as one."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from model import Batch, Learner, Network, load
+from common import UserError
+from model import Batch, DivergedError, Learner, Network, load
 from tests.test_faults import gone
 from tests.test_train_atari import CATCH, ROOT, TINY, command, processes, run
+from train_atari import Ranks, choose_devices, resumed_options, share_simulators
 
 
 def random_batch(seed, size):
@@ -34,6 +39,7 @@ def as_rank(rank, path):
     torch.manual_seed(rank)  # ranks begin with different weights, and take those of rank 0
     for kind in ("ba3c", "a3c"):
         learner = Learner(Network(kind, 4), torch.device("cpu"), 1e-3, threads=1)
+        learner.share({})
         for step in range(3):
             metrics = learner.update(random_batch(10 * step + rank, 16), 1e-3, 0.01, (rank,))
         learner.check_ranks()
@@ -41,7 +47,7 @@ def as_rank(rank, path):
         torch.save((weights, metrics), f"{path}/{kind}{rank}.pt")
         with torch.no_grad():
             learner.parameters[3][0] += rank * 1e-6
-        with pytest.raises(RuntimeError, match="different weights"):
+        with pytest.raises(DivergedError, match="different weights"):
             learner.check_ranks()
     torch.distributed.destroy_process_group()
 
@@ -79,9 +85,22 @@ def test_ranks_train_resume_and_change_their_number(tmp_path):
     stats = json.loads((path / "stats.json").read_text())
     assert [epoch["global_step"] for epoch in stats] == [10, 20]
     assert stats[-1]["policy_lag"] > 0 and stats[-1]["mean_score"] is not None
+    before = ("seed", "ranks", "gpu", "devices", "simulator_proc", "simulator_proc_of_a_rank")
+    config = json.loads((path / "config.json").read_text())
+    assert (config["ranks"], config["gpu"], config["devices"]) == (2, None, ["cpu", "cpu"])
+    assert config["simulator_proc"] == 2 * config["simulator_proc_of_a_rank"]
+    # It has the same ranks as before, unless it is told otherwise, which it says in one line.
     done = run("--load", path / "checkpoint.pt", "--max-epoch", 3)
     assert done.returncode == 0, done.stderr
-    assert load(str(path / "checkpoint.pt"))[1]["learner"]["updates"] == 30
+    assert re.search(r"ranks +2, each", done.stdout) and "otherwise" not in done.stdout
+    resumed = json.loads((path / "config.json").read_text())
+    assert [resumed[name] for name in before] == [config[name] for name in before]
+    done = run("--load", path / "checkpoint.pt", "--max-epoch", 4, "--ranks", 1)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "otherwise than before" in line]
+    assert line.endswith("1 rank on the CPU instead of 2 ranks on the CPU")
+    assert json.loads((path / "config.json").read_text())["devices"] == ["cpu"]
+    assert load(str(path / "checkpoint.pt"))[1]["learner"]["updates"] == 40
 
 
 def test_bad_input_gets_one_sentence_of_all_ranks(tmp_path):
@@ -90,6 +109,7 @@ def test_bad_input_gets_one_sentence_of_all_ranks(tmp_path):
     for args, text in (
         (("--output", tmp_path / "run"), "holds a run (stats.json)"),
         (("--output", tmp_path / "new", "--queue-size", 10), "can never fill a batch"),
+        (("--output", tmp_path / "new", "--simulator-proc", 5), "take 4 or 6"),
     ):
         done = run(*CATCH, "--ranks", 2, *args)
         assert done.returncode == 2
@@ -118,6 +138,7 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     try:
         line = ""
@@ -136,16 +157,21 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
             time.sleep(1)
             assert not gone(ranks[1:], 0)
             os.kill(ranks[0], signal.SIGTERM)
-        elif victim == "interrupt":
-            process.send_signal(signal.SIGINT)
+        elif victim == "interrupt":  # as a terminal does, where the script has put its ranks apart
+            os.killpg(process.pid, signal.SIGINT)
         else:
             process.kill()
         _, errors = process.communicate(timeout=60)
         assert gone(pids, 10) and time.monotonic() - begin < 15
+        assert "GLHF" not in errors
         if engine == "script":
-            assert "Traceback" not in errors
+            assert len(errors.splitlines()) == 1, errors
+            assert victim != "rank 1" or "rank 1: it was killed by signal 9" in errors
             codes = {"rank 1": 1, "interrupt": 130, "all": 143, "launcher": -9}
             assert process.returncode == codes[victim]
+        if victim == "interrupt":
+            said = [line for line in errors.splitlines() if line.startswith("train_atari.py")]
+            assert len(said) == 1 and "stopped by SIGINT" in said[0]
         if victim != "launcher":
             assert process.returncode != 0 and errors.strip()
             assert not list(sockets.glob("batch-a3c-*")) or victim == "rank 1"
@@ -167,3 +193,345 @@ def test_an_interrupt_while_ranks_start(tmp_path, seconds):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and gone(ranks)
     assert "Traceback" not in errors and "frame #" not in errors
+
+
+def listening(pids):
+    """Addresses at which processes listen, as /proc/net has them."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.update(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6", "udp", "udp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    # 0A: a TCP socket listens; 07: a UDP socket takes what comes.
+    return [row[1] for row in rows if row[9] in inodes and row[3] in ("0A", "07")]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nothing_listens_beyond_this_machine(tmp_path, ranks):
+    args = (*CATCH, "--batch-size", 16, "--output", tmp_path / "run", "--ranks", ranks)
+    process = subprocess.Popen(
+        command(*args),
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not re.search(r"epoch 1 \d+/6000", line := process.stdout.readline()):
+            assert line
+        addresses = listening(processes(tmp_path))
+        assert len(addresses) == (0 if ranks == 1 else 2)
+        assert all(address.startswith("0100007F:") for address in addresses), addresses
+        private = [p for p in tmp_path.glob("batch-a3c-*/ranks") if p.parent.stat().st_mode & 0o77]
+        assert not private
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130 and not list(tmp_path.glob("batch-a3c-*"))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def program(tmp_path, fault):
+    """The program with something replaced: a file, for it starts its ranks by its own name."""
+    path = tmp_path / "train_atari.py"
+    lines = ["import os, sys", f"sys.path[0] = {str(ROOT)!r}", "import train_atari", fault]
+    lines += ["if __name__ == '__main__': sys.exit(train_atari.main())"]
+    path.write_text("\n".join(lines))
+    return [sys.executable, str(path)]
+
+
+def run_ranks(args_of_each, start=command(), **kwargs):  # noqa: B008
+    """Ranks as torchrun would start them, on one machine: what each of them ended with."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world |= {"WORLD_SIZE": str(len(args_of_each)), "LOCAL_WORLD_SIZE": str(len(args_of_each))}
+    ranks = []
+    try:
+        for rank, args in enumerate(args_of_each):
+            ranks.append(
+                subprocess.Popen(
+                    [*start, *map(str, args)],
+                    cwd=ROOT,
+                    env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        done = [(*rank.communicate(timeout=100), rank.returncode) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    return [subprocess.CompletedProcess(start, code, out, err) for out, err, code in done]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of different seeds and lengths, with the same options of learning."""
+    paths = []
+    for seed, epochs in ((1, 2), (2, 1)):
+        path = tmp_path_factory.mktemp("runs") / "run"
+        args = (*CATCH, *TINY, "--seed", seed, "--max-epoch", epochs, "--output", path)
+        done = run(*args)
+        assert done.returncode == 0, done.stderr
+        paths.append(path)
+    return paths
+
+
+def test_ranks_hold_what_rank_0_holds(runs, tmp_path):
+    """Also where one loads another checkpoint, or none: as on machines that share no disk."""
+    more = (*TINY, "--max-epoch", 4, "--output", tmp_path / "run")
+    first, second = (("--load", path / "checkpoint.pt") for path in runs)
+    done = run_ranks([(*first, *more), (*second, *more), (*CATCH, *more)])
+    assert [rank.returncode for rank in done] == [0, 0, 0], [rank.stderr for rank in done]
+    # At the end of each epoch the ranks compare their weights.
+    saved = load(str(tmp_path / "run" / "checkpoint.pt"))[1]
+    assert saved["learner"]["updates"] == 40 and saved["at"]["epoch"] == 4
+    steps = {int(state["step"]) for state in saved["learner"]["optimizer"]["state"].values()}
+    assert steps == {40} and saved["options"]["seed"] == 1
+    (line,) = [line for line in done[0].stdout.splitlines() if "otherwise than before" in line]
+    assert line.endswith("3 ranks on the CPU instead of 1 rank on the CPU")
+
+
+@pytest.mark.parametrize(
+    "other, text",
+    [
+        ((*CATCH, *TINY, "--gamma", 0.9), "--gamma 0.99, rank 1 has 0.9"),
+        (("--env", "tests.games:Count-v0", "--network", "a3c", *TINY), "Catch-v0, rank 1 has tes"),
+        (("--env", "tests.games:Catch-v0", *TINY), "--network a3c, rank 1 has ba3c"),
+    ],
+)
+def test_ranks_that_train_something_else_end_with_one_sentence(tmp_path, other, text):
+    output = ("--output", tmp_path / "run")
+    done = run_ranks([(*CATCH, *TINY, *output), (*other, *output)])
+    assert [rank.returncode for rank in done] == [2, 2]
+    (line,) = (done[0].stderr + done[1].stderr).splitlines()
+    assert text in line and "all ranks must train the same" in line
+
+
+def test_each_rank_has_a_gpu_of_its_own():
+    ranks = [{"same": {}, "gpu": gpu} for gpu in ("a", "b", "a")]
+    with pytest.raises(UserError, match="own, but ranks 0 and 2 have the same one") as error:
+        Ranks.agree(ranks)
+    assert error.value.code == 2
+    Ranks.agree(ranks[:2])
+    Ranks.agree([{"same": {}, "gpu": None}] * 3)
+    mixed = [{"same": {}, "gpu": gpu, "device": gpu or "cpu"} for gpu in ("a", None)]
+    with pytest.raises(UserError, match="rank 0 is on a, rank 1 on cpu: all ranks need a GPU"):
+        Ranks.agree(mixed)
+
+
+def test_a_rank_that_never_comes_is_waited_for_with_a_line_and_a_sentence(tmp_path):
+    fault = "train_atari.JOIN_SECONDS, train_atari.JOIN_LOG_SECONDS = 3.0, 0.5"
+    args = (*CATCH, *TINY, "--output", tmp_path / "run")
+    world = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for rank, missing in ((0, "rank 1"), (1, "rank 0")):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            world |= {"MASTER_PORT": str(server.getsockname()[1]), "RANK": str(rank)}
+        done = subprocess.run(
+            [*program(tmp_path, fault), *map(str, args)],
+            cwd=ROOT,
+            env=os.environ | world,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert f"rank {rank} of 2 waits for {missing}, 3 seconds at most" in done.stdout
+        (line,) = done.stderr.splitlines()
+        assert f"rank {rank} cannot join the others: waited 3 seconds for {missing}" in line
+
+
+def test_ranks_share_one_seed_and_make_their_own_of_it(tmp_path):
+    """Rank 0 draws it."""
+    fault = "import predictor\ninit = predictor.Feed.__init__\n"
+    fault += "def spy(self, env_id, options, learner, seeds):\n"
+    fault += "    print(options.seed, seeds.entropy, file=sys.stderr)\n"
+    fault += "    init(self, env_id, options, learner, seeds)\n"
+    fault += "predictor.Feed.__init__ = spy"
+    args = (*CATCH, *TINY, "--max-epoch", 1, "--ranks", 2, "--output", tmp_path / "run")
+    done = subprocess.run(
+        [*program(tmp_path, fault), *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    seed = json.loads((tmp_path / "run" / "config.json").read_text())["seed"]
+    lines = sorted(done.stderr.splitlines())
+    assert lines == [f"{seed} ({seed}, 1, {rank})" for rank in (0, 1)]
+    assert f"seed {seed}" in done.stdout
+
+
+FAULTS = {
+    "own error": """
+import model
+def fail(*_): raise RuntimeError("the shapes do not fit")
+model.loss_terms = fail""",
+    "not finite": """
+import model, predictor
+predict, update = predictor.Replica.predict, model.Learner.update
+def predict_badly(self, parts):
+    if os.environ.get("RANK") == "1" and os.path.exists(MARK):
+        raise FloatingPointError("the network predicts values that are not finite")
+    return predict(self, parts)
+def mark(self, *args, **kwargs):
+    result = update(self, *args, **kwargs)
+    if self.updates == 25:
+        open(MARK, "w").close()
+    return result
+predictor.Replica.predict, model.Learner.update = predict_badly, mark""",
+    "diverged": """
+import model
+train_atari.CHECK_STEPS, train_atari.CHECKPOINT_SECONDS = 5, 0.0
+update = model.Learner.update
+def update_apart(self, *args, **kwargs):
+    result = update(self, *args, **kwargs)
+    if self.updates == 23 and os.environ.get("RANK") == "1":
+        self.parameters[0].data += 1e-3
+    return result
+model.Learner.update = update_apart""",
+    "half an update": """
+import model
+init = model.Learner.__init__
+def init_then_fail(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    step, steps = self.optimizer.step, []
+    def fail():
+        step()
+        steps.append(1)
+        if len(steps) == 4:
+            raise RuntimeError("in the middle of an update")
+    self.optimizer.step = fail
+model.Learner.__init__ = init_then_fail""",
+}
+
+
+@pytest.mark.parametrize(
+    "name, text, is_sentence",
+    [
+        ("own error", "the shapes do not fit", False),
+        ("not finite", "rank 1: the network predicts values that are not finite", True),
+        ("diverged", "the ranks hold different weights; nothing is saved", True),
+        ("half an update", "in the middle of an update", False),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_bad_is_saved(runs, tmp_path, name, text, is_sentence):
+    shutil.copytree(runs[0], tmp_path / "run")
+    names = ("checkpoint.pt", "model-latest.npz", "stats.json")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+    fault = f"MARK = {str(tmp_path / 'mark')!r}" + FAULTS[name]
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    args = ("--load", checkpoint, "--steps-per-epoch", 6000, "--max-epoch", 3, "--ranks", 2)
+    done = subprocess.run(
+        [*program(tmp_path, fault), *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    assert "lost the others" not in done.stdout + done.stderr
+    if is_sentence:
+        (line,) = done.stderr.splitlines()
+        assert line.endswith(text)
+    else:
+        assert "Traceback" in done.stderr and f"RuntimeError: {text}" in done.stderr
+    assert text in (tmp_path / "run" / "log.log").read_text()
+    assert before == [(tmp_path / "run" / name).read_bytes() for name in names]
+
+
+def test_only_an_evaluation_is_waited_for_longer_than_a_collective_may_take(tmp_path):
+    fault = "import predictor, time\ntrain_atari.COLLECTIVE_SECONDS = 4.0\n"
+    fault += "train_atari.EVAL_EPOCH, score = 1, predictor.score\n"
+    fault += "def slow(*args, **kwargs): time.sleep(7); return score(*args, **kwargs)\n"
+    fault += "predictor.score = slow"
+    args = (*CATCH, *TINY, "--max-epoch", 2, "--ranks", 2, "--output", tmp_path / "run")
+    done = subprocess.run(
+        [*program(tmp_path, fault), *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert "epoch 2 is done" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "there, gpus, ranks, before, devices, change",
+    [
+        (8, None, None, {}, "0,1,2,3,4,5,6,7", None),
+        (8, None, None, {"ranks": 1, "gpu": "0"}, "0", None),
+        (8, None, None, {"ranks": 2, "gpu": "5,3"}, "5,3", None),
+        (2, None, None, {"ranks": 2, "gpu": "5,3"}, "0,1", "2 ranks on GPU 0,1 instead of 2 r"),
+        (1, None, None, {"ranks": 2, "gpu": "0,1"}, "0", "1 rank on GPU 0 instead of 2 ranks on"),
+        (0, None, None, {"ranks": 2, "gpu": "0,1"}, "cpu,cpu", "2 ranks on the CPU instead of 2"),
+        (8, None, None, {"ranks": 2, "gpu": None}, "cpu,cpu", None),
+        (8, "1", None, {"ranks": 2, "gpu": "0,1"}, "1", "1 rank on GPU 1 instead of 2 ranks on"),
+        (8, None, 1, {"ranks": 1, "gpu": "0"}, "cpu", "1 rank on the CPU instead of 1 rank on G"),
+        # Checkpoints of earlier versions, and such as nobody has written.
+        (8, None, None, {"seed": 1}, "0,1,2,3,4,5,6,7", "8 ranks on GPU 0,1,2,3,4,5,6,7, but the"),
+        (1, None, None, {"seed": 1}, "0", None),
+        (1, None, None, {"ranks": "many", "gpu": 7}, "0", None),
+    ],
+)
+def test_a_resumed_run_has_its_devices(monkeypatch, there, gpus, ranks, before, devices, change):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    chosen, changes = choose_devices(gpus, ranks, before)
+    names = [str(d.index) if d.type == "cuda" else "cpu" for d in chosen]
+    assert ",".join(names) == devices
+    assert [c.startswith(change) for c in changes] == ([] if change is None else [True])
+
+
+def test_ranks_of_torchrun(monkeypatch):
+    """How many they are is its choice; a resumed run says what has changed."""
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    devices, changes = choose_devices(None, None, {"ranks": 2, "gpu": None})
+    assert len(devices) == 2 and changes == ["4 ranks on the CPU instead of 2 ranks on the CPU"]
+    assert choose_devices(None, None, {"ranks": 4, "gpu": None})[1] == []
+    assert choose_devices(None, 4, {})[1] == []
+    with pytest.raises(UserError, match="torchrun has started 4; leave --ranks out"):
+        choose_devices(None, 2, {})
+
+
+def test_simulators_that_ranks_cannot_share():
+    assert share_simulators({}, {}, 3) == share_simulators({"simulator_proc": 6}, {}, 3) == []
+    with pytest.raises(UserError, match="take 3 or 6"):
+        share_simulators({"simulator_proc": 5}, {"simulator_proc": 5}, 3)
+    with pytest.raises(UserError, match=r"take 3$"):
+        share_simulators({"simulator_proc": 2}, {"simulator_proc": 2}, 3)
+    chosen = {"simulator_proc": 5}
+    (change,) = share_simulators(chosen, {}, 3)
+    assert change.startswith("3 simulators instead of 5") and chosen == {"simulator_proc": 3}
+
+
+def test_a_resumed_run_neither_listens_nor_makes_another_key(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    place = {"env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    listen = ("--listen", address, "--key", "run.key")
+    args = (*CATCH, *TINY, "--max-epoch", 1, "--output", "run", *listen)
+    done = run(*args, cwd=tmp_path / "here", **place)
+    assert done.returncode == 0, done.stderr
+    key, checkpoint = tmp_path / "here" / "run.key", tmp_path / "here" / "run" / "checkpoint.pt"
+    done = run("--load", checkpoint, *listen, cwd=tmp_path / "there", **place)
+    assert done.returncode == 2
+    assert f"no key {tmp_path / 'there' / 'run.key'}; the key of this run is {key}" in done.stderr
+    done = run("--load", checkpoint, "--max-epoch", 2, cwd=tmp_path / "there", **place)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "otherwise than before" in line]
+    assert line.endswith(f"as before it would with --listen {address} --key {key}")
+    assert not list((tmp_path / "there").iterdir())
+    assert json.loads((checkpoint.parent / "config.json").read_text())["listen"] is None
+    assert resumed_options({"seed": 1}, {}) == ({"seed": 1}, [])
+    # The start after that knows it too.
+    options, changes = resumed_options({"listen": address, "key": str(key)}, {})
+    assert resumed_options(options, {}) == (options, changes) and changes
+    with pytest.raises(UserError, match="the key of this run is"):
+        resumed_options(options, {"listen": address, "key": str(tmp_path / "run.key")})
