@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import fcntl
 import gc
-import glob
 import itertools
 import math
 import mmap
@@ -521,14 +520,25 @@ class Books:
 
 
 def sweep() -> None:
-    """Remove the socket directories of runs that were killed: nobody holds their lock."""
-    for path in glob.glob(f"{tempfile.gettempdir()}/{PREFIX}*"):
+    """Remove the socket directories of runs that were killed: nobody holds their lock.
+
+    Whatever else has such a name stays: a link, a pipe (to open it would wait for its other end),
+    and what belongs to another user.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+    parent, names = tempfile.gettempdir(), []
+    with contextlib.suppress(OSError):  # it may not be readable
+        names = [name for name in os.listdir(parent) if name.startswith(PREFIX)]
+    for name in names:
+        path = os.path.join(parent, name)
         with contextlib.suppress(OSError):  # of others, or gone
-            directory = os.open(path, os.O_RDONLY)
+            directory = os.open(path, flags)
             try:
-                if time.time() - os.stat(directory).st_mtime > 10:  # not one that starts just now
-                    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
+                found = os.stat(directory)
+                if found.st_uid != os.geteuid() or time.time() - found.st_mtime < 10:
+                    continue  # it is not ours, or a run starts in it just now
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(directory)
 
@@ -573,7 +583,8 @@ class Fleet:
         self.nursery: subprocess.Popen | None = None
         self.exit_code: int | None = None  # of the process behind the simulators, if it has ended
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks: nobody sweeps there
+                fcntl.flock(self.lock, fcntl.LOCK_EX)
             for group in range(groups):
                 address = f"{IPC}{self.directory}/{group}"
                 size = len(range(group, simulators, groups))
