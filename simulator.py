@@ -73,7 +73,12 @@ KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of what was ended from
 
 
 def on_signals(handler: Callable, signals=SIGNALS) -> None:
-    """Let signals call `handler`, but for SIGHUP where it is ignored: under nohup."""
+    """Let signals call `handler`, but for SIGHUP where it is ignored: under nohup.
+
+    Python allows that in the main thread alone; elsewhere signals are its caller's.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
     for signum in signals:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handler)
@@ -82,6 +87,9 @@ def on_signals(handler: Callable, signals=SIGNALS) -> None:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Let Ctrl-C and its like wait for the end of a clean-up (in the main thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     signals, caught = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN], []
     handlers = [signal.signal(s, lambda signum, frame: caught.append(signum)) for s in signals]
     try:
