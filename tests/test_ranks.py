@@ -15,7 +15,7 @@ import torch
 
 from model import Batch, Learner, Network, load
 from tests.test_faults import gone
-from tests.test_train_atari import CATCH, ROOT, TINY, command, processes, run
+from tests.test_train_atari import CATCH, GAME, ROOT, TINY, command, processes, run
 
 
 def random_batch(seed, size):
@@ -79,7 +79,7 @@ def test_ranks_train_resume_and_change_their_number(tmp_path):
     stats = json.loads((path / "stats.json").read_text())
     assert [epoch["global_step"] for epoch in stats] == [10, 20]
     assert stats[-1]["policy_lag"] > 0 and stats[-1]["mean_score"] is not None
-    done = run("--load", path / "checkpoint.pt", "--max-epoch", 3)
+    done = run(*GAME, "--load", path / "checkpoint.pt", "--max-epoch", 3)
     assert done.returncode == 0, done.stderr
     assert load(str(path / "checkpoint.pt"))[1]["learner"]["updates"] == 30
 
