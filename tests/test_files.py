@@ -512,7 +512,7 @@ def test_a_checkpoint_with_a_wrong_value_gets_one_sentence(run, capsys, place, v
         holder = holder[key]
     holder[place[-1]] = value
     torch.save(state, "changed.pt")
-    assert main([*CATCH, "--load", "changed.pt"]) in (1, 2)
+    assert main([*CATCH, "--load", "changed.pt", "--max-epoch", 2]) in (1, 2)
     sentence = sentence_of(capsys)
     assert "changed.pt is" in sentence and text in sentence
     assert not os.path.exists("train_log")
@@ -722,7 +722,7 @@ def test_every_option_belongs_to_a_task(capsys):
 
 def test_more_actions_than_files_may_have_are_refused_before_training(monkeypatch, capsys):
     monkeypatch.setattr("model.MAX_ACTIONS", 3)
-    assert main([*CATCH, "--network", "a3c"]) == 2
+    assert main([*CATCH, *TINY]) == 2
     assert f"{GAME} has 3 actions, not 1 to 2" in sentence_of(capsys)
     assert os.listdir() == []
 
