@@ -305,11 +305,13 @@ class Video:
         import imageio_ffmpeg  # brings an encoder along; simulators do without
 
         self.path, self.partial = path, hidden(path, "partial.mp4")
+        self.in_place = False
         size, even = f"{screen.shape[1]}x{screen.shape[0]}", "pad=ceil(iw/2)*2:ceil(ih/2)*2"
         source = f"-f rawvideo -pix_fmt rgb24 -s {size} -r {fps:g} -i -"
         target = f"-c:v libx264 -pix_fmt yuv420p -vf {even} -movflags +faststart"
         program = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
-        command = [*program, *source.split(), *target.split(), self.partial]
+        # The encoder takes a name with a colon for a protocol, and one with a dash for an option.
+        command = [*program, *source.split(), *target.split(), f"file:{self.partial}"]
         version = imageio_ffmpeg.get_ffmpeg_version()
         self.encoder = {"backend": "ffmpeg", "version": version, "cmdline": command}
         # A session of its own: Ctrl-C is for the playing process.
@@ -330,14 +332,16 @@ class Video:
             code, lines = self.process.returncode, words.decode(errors="replace").splitlines()
             reason = lines[0] if lines else f"the encoder ended with code {code}"
             raise OSError(f"no video {self.path}: {reason}")
+        self.in_place = True  # before it is: an interrupt between the two must not leave a file
         os.replace(self.partial, self.path)
 
     def drop(self) -> None:
-        """End the encoder, and remove what is not finished."""
+        """End the encoder, and remove the file."""
         self.process.kill()
         self.process.communicate()
-        with contextlib.suppress(OSError):
-            os.unlink(self.partial)
+        for path in (self.partial, self.path) if self.in_place else (self.partial,):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 class Recorder:
@@ -419,10 +423,13 @@ episode that was recorded, `{model}` holds the weights with tensorpack's names a
 """
 
 
-def write_submission(directory, env_id, recorder, episodes, model: str, config: dict) -> None:
-    """Write all that stands beside model and videos in `directory`, as of the episodes so far.
+def write_submission(
+    directory, env_id, recorder, episodes, model: str, config: dict, weights: bytes | None = None
+) -> None:
+    """Write all that stands beside the videos in `directory`, as of the episodes so far.
 
-    For gym, what its Monitor wrote; for Hugging Face, what its hub shows of an agent.
+    For gym, what its Monitor wrote; for Hugging Face, what its hub shows of an agent. The first
+    time it writes the `weights` too, into the file `model`.
     """
 
     infix, videos, files = f"0.{os.getpid()}", [], {}
@@ -445,8 +452,59 @@ def write_submission(directory, env_id, recorder, episodes, model: str, config: 
     best = max(recorder.finished, key=lambda episode: episodes[episode].score)
     if best != recorder.replay:
         contents["replay.mp4"] = recorder.finished[best].path
+    if weights is not None and recorder.replay is None:
+        contents[model] = weights
     write_files({os.path.join(directory, name): content for name, content in contents.items()})
     recorder.replay = best
+
+
+@contextlib.contextmanager
+def output_directory(path: str | None) -> Iterator[None]:
+    """Make an output directory, or take an empty one; None: there is none.
+
+    If nothing is in it at the end, whatever was made here is removed again, so that the same
+    command may be given once more. UserError where the directory cannot be used.
+    """
+    if path is None:
+        yield
+        return
+    made, directory = [], os.path.abspath(path)
+    while not os.path.lexists(directory):
+        made.append(directory)
+        directory = os.path.dirname(directory)
+    try:
+        try:
+            os.makedirs(path, exist_ok=True)
+            if os.listdir(path):
+                raise UserError(f"{path} is not empty: name another --output", 2)
+            if not os.access(path, os.W_OK):
+                raise UserError(f"cannot write to {path}: it is read-only", 2)
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}", 2) from error
+        yield
+    finally:
+        for directory in made:  # the innermost first; one that is not empty stays
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+
+
+def number(value) -> str:
+    """A value as people read it: never as a power of ten where that is large, whole ones whole."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float) or not np.isfinite(value):
+        return str(value)
+    if value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return f"{value:.2f}" if abs(value) >= 10_000 else f"{value:.6g}"
+
+
+def table(rows: dict) -> str:
+    """Names and numbers, one pair a line."""
+    from tabulate import tabulate  # simulators do without
+
+    lines = [(name, number(value)) for name, value in rows.items()]
+    return tabulate(lines, disable_numparse=True, colalign=("left", "right"))
 
 
 def hidden(path: str, suffix: str) -> str:

@@ -22,7 +22,10 @@ import torch.nn.functional as F
 from torch import distributed, nn
 
 MAX_ARRAY_BYTES = 2**26  # of a variable in a file; the largest one here has 13 MB
-MAX_ACTIONS = 1000
+MAX_ACTIONS = 1000  # games and files have fewer
+MAX_UPDATES = 2**53
+NETWORKS = ("ba3c", "a3c")
+ZERO = torch.zeros(())
 CHECKPOINT_FORMAT = "batch-a3c 1"
 FRAME_SHAPE, FRAME_HISTORY = (84, 84, 3), 4
 STATE_SHAPE = (FRAME_HISTORY, *FRAME_SHAPE)  # oldest frame first
@@ -397,9 +400,13 @@ class Learner:
         return state | {"network": network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on as the learner whose `state_dict` this was."""
+        """Go on as the learner whose `state_dict` this was.
+
+        The optimizer's settings stay: those of this program, of which `update` sets the rest.
+        """
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        moments = {"state": state["optimizer"]["state"]}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
         self.updates = state["updates"]
 
 
@@ -465,11 +472,70 @@ def read_weights(archive) -> Network:
     return network
 
 
+def check_tensor(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    """ValueError if a tensor does not hold finite numbers, or has another shape than `like`."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} does not hold floating-point numbers")
+    if tensor.layout != torch.strided or tensor.shape != like.shape:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(like.shape)}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+
+
+def item(state, name, kind: type):
+    """What `state`, which should be a dictionary, has under this name; ValueError if it does not.
+
+    kind: of the value. A truth value is no number here.
+    """
+    if not isinstance(state, dict) or name not in state:
+        raise ValueError(f"it has no {name}")
+    value = state[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"its {name} is no {kind.__name__}")
+    return value
+
+
+def read_checkpoint(checkpoint: dict) -> Network:
+    """The network in a checkpoint; ValueError if not all is there that a Learner needs."""
+    if item(checkpoint, "format", str) != CHECKPOINT_FORMAT:
+        raise ValueError("it is of another program")
+    learner = item(checkpoint, "learner", dict)
+    kind, num_actions = item(learner, "kind", str), item(learner, "num_actions", int)
+    if kind not in NETWORKS:
+        raise ValueError(f"it has a network {kind!a}, which is unknown here")
+    if not 0 < num_actions < MAX_ACTIONS:
+        raise ValueError(f"it is for {num_actions} actions")
+    if not 0 <= item(learner, "updates", int) < MAX_UPDATES:
+        raise ValueError(f"it has {learner['updates']} updates")
+    network = Network(kind, num_actions)
+    parameters, weights = dict(network.named_parameters()), item(learner, "network", dict)
+    for name, parameter in parameters.items():
+        check_tensor(name, item(weights, name, torch.Tensor), parameter)
+    if len(weights) > len(parameters):
+        raise ValueError("it has variables that its network has not")
+    network.load_state_dict(weights)
+    moments = item(item(learner, "optimizer", dict), "state", dict)
+    # Before its first update an optimizer holds nothing.
+    if set(moments) != (set(range(len(parameters))) if learner["updates"] else set()):
+        raise ValueError("its optimizer does not fit its network")
+    for number in moments:
+        moment = item(moments, number, dict)
+        parameter = list(parameters.values())[number]
+        for name, like in (("exp_avg", parameter), ("exp_avg_sq", parameter), ("step", ZERO)):
+            check_tensor(name, item(moment, name, torch.Tensor), like)
+    rng = item(checkpoint, "rng", torch.Tensor)
+    if rng.dtype != torch.uint8:
+        raise ValueError("its random state is of another type")
+    torch.Generator().set_state(rng)  # does it fit?
+    return network
+
+
 def load(path: str) -> tuple[Network, dict]:
     """The network in an .npz or a checkpoint (.pt), and the checkpoint ({} for an .npz).
 
     An .npz may be of this program or of tensorpack: names may end in `:0`, other arrays are
-    ignored, kind and number of actions are read off it. WeightFileError for whatever is unusable.
+    ignored, kind and number of actions are read off it. WeightFileError for whatever is unusable;
+    what a checkpoint says of the run beside learner and random state is the caller's to check.
     Nothing is ever unpickled.
     """
     try:
@@ -477,16 +543,7 @@ def load(path: str) -> tuple[Network, dict]:
             with np.load(path, allow_pickle=False) as archive:
                 return read_weights(archive), {}
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != CHECKPOINT_FORMAT:
-            raise ValueError("it is of another program")
-        learner = checkpoint["learner"]
-        if learner["num_actions"] >= MAX_ACTIONS:
-            raise ValueError(f"it is for {learner['num_actions']} actions")
-        network = Network(learner["kind"], learner["num_actions"])
-        network.load_state_dict(learner["network"])
-        if not all(parameter.isfinite().all() for parameter in network.parameters()):
-            raise ValueError("its weights are not finite")
-        return network, checkpoint
+        return read_checkpoint(checkpoint), checkpoint
     except FileNotFoundError as error:
         raise WeightFileError(f"there is no file {path}") from error
     except Exception as error:  # whatever a damaged file makes of its readers

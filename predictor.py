@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -275,11 +275,6 @@ class Feed:
         self.dropped, self.joined = dropped, joined
         return events
 
-    def mean_score(self) -> float | None:
-        """Mean score of the last training episodes, as the game counts it."""
-        scores = list(self.scores)
-        return sum(scores) / len(scores) if scores else None
-
     def close(self) -> None:
         """End threads and processes."""
         with simulator.undisturbed():
@@ -291,6 +286,17 @@ class Feed:
             self.fleet.close(hung)  # one that hangs in native code may still use its socket
 
 
+@contextlib.contextmanager
+def threads_of_torch(threads: int) -> Iterator[None]:
+    """Let this thread compute with so many; what it had before it has again at the end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: None):
     """Evaluate a network on all cores, with progress; returns a list of common.Episode."""
     start = logged = time.monotonic()
@@ -298,17 +304,13 @@ def score(env_id, network, episodes, seed, log, seconds=math.inf, check=lambda: 
     # With little time, few players: so that at least their episodes come to an end.
     side_by_side = int(min(episodes, EVAL_PLAYERS, max(cores, seconds / 10)))
 
-    torch.set_num_threads(cores)  # of this thread; while the players wait, the cores are free
     players = VectorPlayers(env_id, side_by_side, seed, check)
     bar = tqdm(total=episodes, desc="evaluation", disable=None)
-    with contextlib.closing(players), bar:
+    with contextlib.closing(players), bar, threads_of_torch(cores):
         seconds -= time.monotonic() - start
-        try:
-            for done in evaluate(players, policy_of(network), episodes, seed, seconds):
-                bar.update(len(done) - bar.n)
-                if bar.disable and time.monotonic() - logged > LOG_SECONDS:
-                    logged = time.monotonic()
-                    log(f"{len(done)} of {episodes} episodes")
-        finally:
-            torch.set_num_threads(1)
+        for done in evaluate(players, policy_of(network), episodes, seed, seconds):
+            bar.update(len(done) - bar.n)
+            if bar.disable and time.monotonic() - logged > LOG_SECONDS:
+                logged = time.monotonic()
+                log(f"{len(done)} of {episodes} episodes")
     return done

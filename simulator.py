@@ -26,7 +26,6 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
-import glob
 import itertools
 import math
 import mmap
@@ -91,7 +90,12 @@ KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of what was ended from
 
 
 def on_signals(handler: Callable, signals=SIGNALS) -> None:
-    """Let signals call `handler`, but for SIGHUP where it is ignored: under nohup."""
+    """Let signals call `handler`, but for SIGHUP where it is ignored: under nohup.
+
+    Python allows that in the main thread alone; elsewhere signals are its caller's.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
     for signum in signals:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handler)
@@ -100,6 +104,9 @@ def on_signals(handler: Callable, signals=SIGNALS) -> None:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Let Ctrl-C and its like wait for the end of a clean-up (in the main thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     signals, caught = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN], []
     handlers = [signal.signal(s, lambda signum, frame: caught.append(signum)) for s in signals]
     try:
@@ -608,14 +615,25 @@ class Books:
 
 
 def sweep() -> None:
-    """Remove the socket directories of runs that were killed: nobody holds their lock."""
-    for path in glob.glob(f"{tempfile.gettempdir()}/{PREFIX}*"):
+    """Remove the socket directories of runs that were killed: nobody holds their lock.
+
+    Whatever else has such a name stays: a link, a pipe (to open it would wait for its other end),
+    and what belongs to another user.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+    parent, names = tempfile.gettempdir(), []
+    with contextlib.suppress(OSError):  # it may not be readable
+        names = [name for name in os.listdir(parent) if name.startswith(PREFIX)]
+    for name in names:
+        path = os.path.join(parent, name)
         with contextlib.suppress(OSError):  # of others, or gone
-            directory = os.open(path, os.O_RDONLY)
+            directory = os.open(path, flags)
             try:
-                if time.time() - os.stat(directory).st_mtime > 10:  # not one that starts just now
-                    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
+                found = os.stat(directory)
+                if found.st_uid != os.geteuid() or time.time() - found.st_mtime < 10:
+                    continue  # it is not ours, or a run starts in it just now
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(directory)
 
@@ -692,7 +710,8 @@ class Pool:
         self.looked = self.looked_at_logs = time.monotonic()
         self.most_starting = STARTS_PER_CORE * count_cores()
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks: nobody sweeps there
+                fcntl.flock(self.lock, fcntl.LOCK_EX)
             self.progress = Progress(f"{self.directory}/progress", simulators)
         except BaseException:
             self.close()

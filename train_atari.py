@@ -15,7 +15,8 @@
 play without a display: --output DIR writes videos instead.
 
 A directory that already holds a run is refused, unless --load names its own checkpoint.pt: then
-that run goes on there, with its options but for those given anew.
+that run goes on there, with its options but for those given anew. A copy of a checkpoint begins a
+run elsewhere.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (Ctrl-C) and 143 (SIGTERM) stopped after saving.
 Even with --seed a training run cannot be repeated to the bit: in which order players are served
 depends on the load of the machine.
@@ -47,6 +48,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -79,6 +81,7 @@ from simulator import (
 
 # torch and the rooms that need it are imported where they are used: --help does not wait for them.
 
+PROGRAM = os.path.basename(__file__)
 EVAL_EPOCH = 3  # epochs from one evaluation to the next
 CPU_PREDICTORS = 4  # at most, one per two cores: Python runs one thread at a time
 CPU_BATCH = 24  # two messages of twelve players, on two cores
@@ -99,6 +102,7 @@ RANK_END_SECONDS = 5.0  # how long rank 0 has to save if all ranks are told to e
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
 SIMULATOR_BYTES, PLAYER_BYTES = 5e6, 1.5e6  # what simulators do not share, measured with Breakout
 
+EVALUATED = ("mean_score", "max_score", "eval_episodes")  # metrics of an evaluation
 RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that know none
 GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, for what a program cannot help
@@ -135,13 +139,41 @@ def scheduled(text: str, epoch: int) -> float:
     return [value for first, value in values if epoch >= first][-1]
 
 
+def name(text: str) -> str:
+    """The name of a file or directory."""
+    if not text or "\0" in text:
+        raise ValueError
+    return text
+
+
 def schedule(text: str) -> str:
     """A schedule, as it is."""
     scheduled(text, 1)
     return text
 
 
-# Option, type, default, meaning: names and values are those of the original's constants.
+PLAYING = ("play", "eval", "gen_submit")
+ANY = ("train", *PLAYING)
+OUTPUTS = (
+    "of the run, default train_log/train-atari-ENV; of a submission, default output_dir; "
+    "of the videos of play; of eval's results.json"
+)
+# Option, the tasks it is for, its type or the choices, what stands for it in the help, meaning.
+OPTIONS = (
+    ("env", ANY, str, "ENV", "gymnasium id of an Atari game, such as Breakout-v0 (required)"),
+    ("task", ANY, ANY, None, "default: train"),
+    ("gpu", ANY, str, "GPU", "GPUs, as 0,1,2; default: all, or the CPU where there is none"),
+    ("load", ANY, str, "FILE", "weights.npz to start from, or checkpoint.pt to go on with"),
+    ("output", ANY, name, "DIR", OUTPUTS),
+    ("seed", ANY, whole, "N", "of players, sampling, initialization"),
+    ("episode", PLAYING, count, "N", "episodes to play (default 100)"),
+    ("network", ("train",), ("ba3c", "a3c"), None, "default: ba3c; a3c is small, for a CPU"),
+    ("ranks", ("train",), count, "N", "so many processes that train as one, on a CPU"),
+    ("listen", ("train",), str, "ADDRESS", "tcp://0.0.0.0:PORT, where simulators may join"),
+    ("key", ("train",), name, "FILE", "which they need to join; is made if it is not there"),
+)
+# For training. Option, type, default, meaning: names and values are those of the original's
+# constants.
 LEARNING = (
     ("BATCH_SIZE", count, 128, "new states per iteration"),
     ("LOCAL_TIME_MAX", count, 5, "steps of an n-step return"),
@@ -163,6 +195,7 @@ SPEED = (
     ("QUEUE_SIZE", count, 128, "states that may wait for the trainer; default: a batch"),
     ("BFLOAT16", switch, 0, "1: the network computes in bfloat16, faster on CPUs with AMX"),
 )
+NOT_OF_A_RUN = ("task", "env", "load", "output")  # options that a checkpoint does not keep
 # With the small network, whose gradients are far below the original's epsilon: see the README.
 LEARNING_OF_A3C = {"adam_epsilon": 1e-5, "learning_rate": "7e-4", "center_filters": 1}
 
@@ -175,30 +208,80 @@ def flag(name: str) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """The command line. Options that are not given are not in its result."""
     parser = argparse.ArgumentParser(
+        prog=PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument
-    add("--env", help="gymnasium id of an Atari game, such as Breakout-v0 (required)")
-    add("--task", choices=TASKS, default="train", help="default: train")
-    add("--gpu", help="GPUs, as 0,1,2; default: as before, or all, or the CPU")
-    add("--ranks", type=count, metavar="N", help="so many processes that train as one, on a CPU")
-    add("--load", metavar="FILE", help="weights.npz to start from, or checkpoint.pt to go on with")
-    of_run = "of the run, default train_log/train-atari-ENV; of a submission, default output_dir"
-    add("--output", metavar="DIR", help=of_run + "; of the videos of play; of eval's results.json")
-    add("--episode", type=count, metavar="N", help="episodes to play (default 100)")
-    add("--network", choices=("ba3c", "a3c"), help="default: ba3c; a3c is small, for a CPU")
-    add("--listen", metavar="ADDRESS", help="tcp://0.0.0.0:PORT, where simulators may join")
-    add("--key", metavar="FILE", help="which they need to join; is made if it is not there")
-    add("--seed", type=whole, metavar="N", help="of players, sampling, initialization")
+    parser.set_defaults(task="train")
+    groups = {
+        ANY: parser,
+        PLAYING: parser.add_argument_group(f"only for {listed(PLAYING)}"),
+        ("train",): parser.add_argument_group("only for train"),
+    }
+    for option, tasks, kind, metavar, text in OPTIONS:
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": metavar}
+        groups[tasks].add_argument(f"--{option}", help=text, **how)
     for title, options in (("what changes learning", LEARNING), ("what changes speed", SPEED)):
-        group = parser.add_argument_group(title)
+        group = parser.add_argument_group(f"only for train: {title}")
         for name, kind, default, text in options:
             of_a3c = LEARNING_OF_A3C.get(name.lower())
             text += f" (default {default}" + (f"; with a3c {of_a3c})" if of_a3c else ")")
             group.add_argument(flag(name), type=kind, metavar="X", help=text)
     return parser
+
+
+def listed(names: tuple) -> str:
+    """Names as a sentence lists them."""
+    return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
+
+
+def tasks_of(option: str) -> tuple:
+    """The tasks that an option, by the name of its value, is for."""
+    return {known: tasks for known, tasks, *_ in OPTIONS}.get(option, ("train",))
+
+
+def read_options(arguments: list[str] | None) -> dict:
+    """The options that are given on the command line, by name; SystemExit if they are wrong.
+
+    UserError for an option that the task does not have.
+    """
+    parser = make_parser()
+    given = vars(parser.parse_args(arguments))
+    for option in given:
+        if given["task"] not in tasks_of(option):
+            flag, tasks = "--" + option.replace("_", "-"), listed(tasks_of(option))
+            raise UserError(f"{flag} is for --task {tasks}, not for --task {given['task']}", 2)
+    if "env" not in given and not given.get("load", "").endswith(".pt"):
+        parser.error("--env is required")
+    return given
+
+
+def check_options(options: dict) -> None:
+    """ValueError unless the command line could have given these options to a run.
+
+    `listened` is none of them: it is where the run has listened before, and with which key.
+    """
+    listened = options.get("listened", ("", ""))
+    is_pair = isinstance(listened, (tuple, list)) and len(listened) == 2
+    if not is_pair or not all(isinstance(part, str) for part in listened):
+        raise ValueError(f"it has listened at {listened!a}")
+    options = {option: value for option, value in options.items() if option != "listened"}
+    flags = [f"--{option.replace('_', '-')}={value}" for option, value in options.items()]
+    parser = make_parser()
+    parser.error = refuse_value
+    parsed = vars(parser.parse_args(flags))
+    del parsed["task"]
+    for option, value in options.items():
+        # It may be one that only looks like an option of that name, or like a value of its type.
+        fits = option in parsed and type(parsed[option]) is type(value) and parsed[option] == value
+        if not fits or option in NOT_OF_A_RUN or "train" not in tasks_of(option):
+            raise ValueError(f"it has an option {option!a} with the value {value!a}")
+
+
+def refuse_value(message: str) -> None:
+    """What a parser does with a file's option that it does not take."""
+    raise ValueError(f"its options are wrong: {message}")
 
 
 def find_devices(gpus: str | None, ranks: int | None) -> list:
@@ -613,8 +696,8 @@ def how_it_ended(code: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
-def launch(ranks: int) -> None:
-    """Run this command as so many ranks, and end with the first that ends.
+def launch(ranks: int, arguments: list[str]) -> None:
+    """Run this program with these arguments as so many ranks; end with the first that ends.
 
     Signals go to rank 0, which saves, and says what there is to say.
     """
@@ -632,7 +715,10 @@ def launch(ranks: int) -> None:
                 environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL if rank else None}
                 process = subprocess.Popen(
-                    [sys.executable, *sys.argv], env=environment, start_new_session=True, **streams
+                    [sys.executable, os.path.abspath(__file__), *arguments],
+                    env=environment,
+                    start_new_session=True,
+                    **streams,
                 )
                 processes.append(process)
             store = distributed.FileStore(f"{directory}/ranks", ranks)
@@ -701,17 +787,127 @@ def complete(
     return o
 
 
-def open_run(path: str, goes_on: bool):
-    """Make the directory of a run ours; returns its log file, open and locked."""
+def check_run(saved: dict) -> None:
+    """ValueError unless a checkpoint says all of its run that is needed to go on with it."""
+    from model import item
+
+    if not item(saved, "env", str).isprintable():
+        raise ValueError("its env is no name")
+    check_options(item(saved, "options", dict))
+    at, stats = item(saved, "at", dict), item(saved, "stats", list)
+    for counter in ("epoch", "global_step", "epoch_step", "starts"):
+        if not 0 <= item(at, counter, int) < 2**53:
+            raise ValueError(f"its {counter} is {at[counter]}")
+    for seconds in ("elapsed_s", "evaluated_s"):
+        if not 0 <= item(at, seconds, float) < math.inf:
+            raise ValueError(f"its {seconds} is {at[seconds]}")
+    # Before the first whole evaluation it is None.
+    if at.get("best_score", "") is not None and not math.isfinite(item(at, "best_score", float)):
+        raise ValueError(f"its best_score is {at['best_score']}")
+    if "due" in at:
+        item(at, "due", bool)
+    if "run_id" in saved:
+        item(saved, "run_id", str)
+    for epoch in stats:
+        for number in ("epoch_num", "global_step"):
+            item(epoch, number, int)
+        if not all(value is None or type(value) in (int, float) for value in epoch.values()):
+            raise ValueError("its stats are no numbers")
+    if [epoch["epoch_num"] for epoch in stats] != list(range(1, at["epoch"] + 1)):
+        raise ValueError(f"its stats are not those of {at['epoch']} epochs")
+    if at.get("due") and not stats:
+        raise ValueError("an evaluation is due before the first epoch")
+
+
+def read_json(path: str, kind: type):
+    """What is in a file; ValueError where it does not hold such a thing."""
+    try:
+        with open(path, "rb") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise ValueError(f"it has no {os.path.basename(path)}") from error
+    except ValueError as error:
+        raise ValueError(f"its {os.path.basename(path)} is damaged") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"its {os.path.basename(path)} is damaged")
+    return content
+
+
+def check_directory(path: str, saved: dict) -> None:
+    """ValueError unless a directory holds the run of a checkpoint, not the checkpoint alone.
+
+    The run is known by the name that it has given itself; one of an earlier version, which had
+    none, by its game, seed and network. The epochs of stats.json may be more or less than those of
+    the checkpoint: whoever stops a run may do so between two files, or go back to a copy.
+    """
+    if not os.path.isfile(os.path.join(path, "log.log")):
+        raise ValueError("it has no log.log")
+    config = read_json(os.path.join(path, "config.json"), dict)
+    stats = read_json(os.path.join(path, "stats.json"), list)
+    if "run_id" in config and "run_id" in saved:
+        same = config["run_id"] == saved["run_id"]
+    else:
+        known = {"env": saved["env"], "network": saved["learner"]["kind"]}
+        known["seed"] = saved["options"].get("seed")
+        same = all(config.get(key) == value for key, value in known.items())
+    if not same:
+        raise ValueError("its config.json is of another run")
+    for ours, theirs in zip(saved["stats"], stats, strict=False):
+        steps = theirs.get("global_step") if isinstance(theirs, dict) else None
+        if steps != ours["global_step"]:
+            raise ValueError("its stats.json is of another run")
+
+
+class Place(NamedTuple):
+    """Where a run is."""
+
+    path: str
+    goes_on: bool  # there, as the run of a checkpoint
+    sentence: str  # which says so
+    reason: str = ""  # why the checkpoint's run does not go on where the checkpoint is
+
+
+def place_run(env_id: str, output: str | None, saved: dict) -> Place:
+    """The directory of a run that begins with a checkpoint, or with none ({}).
+
+    A checkpoint's run goes on only in its own directory, and from checkpoint.pt itself: every other
+    copy of it, wherever it lies, begins a run of its own.
+    """
+    path = os.path.abspath(output or os.path.join("train_log", f"train-atari-{file_name(env_id)}"))
+    if not saved:
+        return Place(path, False, f"a new run in {path}")
+    directory, file = os.path.split(saved["file"])
+    reason = None
+    if file != "checkpoint.pt":
+        reason = "a run goes on from its checkpoint.pt alone"
+    elif output is not None and os.path.realpath(path) != os.path.realpath(directory):
+        reason = "--output names another directory"
+    else:
+        try:
+            check_directory(directory, saved)
+        except ValueError as error:
+            reason = f"{directory} is not the directory of that run: {error}"
+    if reason is None:
+        return Place(directory, True, f"the run goes on in {directory}")
+    sentence = f"a new run in {path} begins with what {saved['file']} holds ({reason})"
+    return Place(path, False, sentence, reason)
+
+
+def open_run(path: str, goes_on: bool, way: str = ""):
+    """Make the directory of a run ours; returns its log file, open and locked.
+
+    UserError where that cannot be; `way`: what to do if it holds a run, if not to resume that.
+    """
     present = [name for name in RUN_FILES if os.path.exists(os.path.join(path, name))]
     if present and not goes_on:
         checkpoint = os.path.join(path, "checkpoint.pt")
-        way = f"go on with it by --load {checkpoint}, or name another --output"
+        way = way or f"go on with it by --load {checkpoint}, or name another --output"
         raise UserError(f"{path} holds a run ({', '.join(present)}): {way}", 2)
     try:
         path.encode()
         os.makedirs(path, exist_ok=True)
-        log_file = open(os.path.join(path, "log.log"), "a", buffering=1)  # noqa: SIM115
+        how = {"buffering": 1, "encoding": "utf-8", "errors": "backslashreplace"}
+        log_file = open(os.path.join(path, "log.log"), "a", **how)  # noqa: SIM115
         try:
             fcntl.flock(log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -729,19 +925,21 @@ def open_run(path: str, goes_on: bool):
 class Training:
     """A run: the learner, what feeds it, and what it leaves in its directory.
 
-    chosen: the options the user gave, now or before; options: all of them; saved: its checkpoint,
-    if it goes on; log_file: of rank 0, what open_run made of `path`; changes: what a resumed run
-    has otherwise than before.
+    chosen: the options the user gave, now or before; options: all of them; saved: the checkpoint
+    it begins with; log_file: of rank 0, what open_run made of the directory; changes: what a
+    resumed run has otherwise than before.
     """
 
-    def __init__(self, env_id, chosen, options, network, ranks, path, saved, log_file, changes):
+    def __init__(self, env_id, chosen, options, network, ranks, place, saved, log_file, changes):
         import torch
 
         import model
 
         device = ranks.device
-        self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, path
+        self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, place.path
         self.options, self.log_file = options, log_file
+        # By this name files know that they are of the same run.
+        self.run_id = (saved.get("run_id") if place.goes_on else None) or secrets.token_hex(8)
         self.ranks, self.rank, local = ranks, ranks.rank, in_environment("LOCAL_WORLD_SIZE", 1)
         if self.rank:
             self.options.listen = None
@@ -761,11 +959,12 @@ class Training:
         threads = max(1, count_cores() // local)
         how = {"center_filters": options.center_filters, "bfloat16": options.bfloat16}
         self.learner = model.Learner(network, device, options.adam_epsilon, threads, **how)
+        self.log(place.sentence)
         if saved:
             self.learner.load_state_dict(saved["learner"])
             torch.set_rng_state(saved["rng"])
             self.at, self.stats = self.at | saved["at"], saved["stats"]
-            if not os.path.exists(os.path.join(path, "model-best.npz")):
+            if not os.path.exists(os.path.join(self.path, "model-best.npz")):
                 self.at["best_score"] = None
             done = "{global_step} iterations, {epoch} epochs, best score {best_score}"
             self.log(f"restored {saved['file']}: weights, optimizer, {done.format(**self.at)}")
@@ -779,9 +978,9 @@ class Training:
         packages |= {"opencv": cv2.__version__, "python": sys.version}
         simulators = {"simulator_proc": options.simulator_proc * local}
         simulators["simulator_proc_of_a_rank"] = options.simulator_proc
-        config = {"env": env_id} | vars(options) | simulators | {"devices": ranks.devices}
-        config |= {"chosen": chosen, "versions": packages}
-        self.write_json("config.json", config)
+        self.config = {"env": env_id, "run_id": self.run_id} | vars(options) | simulators
+        self.config |= {"devices": ranks.devices, "chosen": chosen, "versions": packages}
+        self.write_json("config.json", self.config)
         self.announce()
 
     def announce(self) -> None:
@@ -809,7 +1008,8 @@ class Training:
             # Of the work for a state its update is about 0.8; the rest are prediction and player.
             rate = 0.8 * self.learner.measure(64)
             hours = states / rate / 3600
-            facts["expect"] = f"about {rate:.0f} states/s, {hours:.2g} hours per epoch"
+            hours = common.number(float(f"{hours:.2g}"))
+            facts["expect"] = f"about {rate:.0f} states/s, {hours} hours per epoch"
         if ranks == 1:
             del facts["ranks"]
         self.log("training\n" + tabulate(facts.items()))
@@ -824,31 +1024,39 @@ class Training:
         with contextlib.suppress(OSError):  # where nobody reads it any more, train on
             tqdm.write(line)
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file of the run; where that fails training goes on."""
+    def write(self, name: str, content: bytes) -> bool:
+        """Write a file of the run, and say whether it is; where that fails training goes on."""
         if self.rank:
-            return
+            return False
         self.unwritten.pop(name, None)
         try:
             write_file(os.path.join(self.path, name), content)
         except OSError as error:
             self.unwritten[name] = error
             self.log(f"warning: {error}; training goes on")
+            return False
+        return True
 
     def write_json(self, name: str, content) -> None:
         """Write a JSON file of the run."""
         self.write(name, json.dumps(content, indent=1).encode())
 
     def save(self) -> None:
-        """Write the checkpoint, the latest weights, and the epochs done."""
+        """Write the epochs done, the checkpoint and the latest weights.
+
+        A checkpoint goes on only beside what else there is of its run: hence it is not the first.
+        """
         import model
 
         self.collect()
         self.at["elapsed_s"] = time.monotonic() - self.began
-        run = {"env": self.env_id, "options": self.chosen, "at": self.at, "stats": self.stats}
+        run = {"env": self.env_id, "run_id": self.run_id, "options": self.chosen}
+        run |= {"at": self.at, "stats": self.stats}
+        if "config.json" in self.unwritten:
+            self.write_json("config.json", self.config)
+        self.write_json("stats.json", self.stats)
         self.write("checkpoint.pt", model.checkpoint_file(self.learner, run))
         self.write("model-latest.npz", model.weights_file(self.learner.network))
-        self.write_json("stats.json", self.stats)
         self.saved = time.monotonic()
 
     def on_signal(self, signum: int, frame) -> None:
@@ -997,7 +1205,9 @@ class Training:
         metrics |= self.rates | {"it_per_s": len(rows) / seconds}
         states = self.options.batch_size * self.learner.ranks  # of an iteration
         metrics["states_per_s"] = metrics["it_per_s"] * states
-        metrics["train_score"] = self.feed.mean_score()
+        scores = list(self.feed.scores)  # of the last training episodes
+        metrics["train_score"] = sum(scores) / len(scores) if scores else None
+        metrics["train_episodes"] = len(scores)
         return metrics
 
     def show(self, now: float) -> None:
@@ -1025,8 +1235,12 @@ class Training:
     def end_epoch(self) -> None:
         """Write down how the epoch went, and evaluate if it is time."""
         if not self.at["due"]:  # otherwise a run goes on that ended in the evaluation
-            metrics = self.means(0, time.monotonic() - self.epoch_began)
-            metrics |= {"mean_score": None, "max_score": None}
+            now = time.monotonic()
+            # TensorBoard has means of some seconds; those of the epoch are for stats.json alone.
+            if len(self.rows) + len(self.unread) > self.shown:
+                self.add_scalars(self.means(self.shown, now - self.logged))
+            metrics = self.means(0, now - self.epoch_began)
+            metrics |= dict.fromkeys(EVALUATED)
             self.at |= {"epoch": self.at["epoch"] + 1, "epoch_step": 0, "due": True}
             done = {"epoch_num": self.at["epoch"], "global_step": self.at["global_step"]}
             self.stats.append(done | metrics)
@@ -1039,13 +1253,17 @@ class Training:
         if epoch < self.options.max_epoch:
             self.ranks.wait_for_evaluation(self.at["global_step"], self.check)
         self.at["due"] = False
-        self.add_scalars(dict(list(self.stats[-1].items())[2:]))  # all behind epoch and step
+        self.add_scalars({name: self.stats[-1].get(name) for name in EVALUATED})
         self.save()
-        self.log(f"epoch {epoch} is done\n" + tabulate(self.stats[-1].items()))
+        self.log(f"epoch {epoch} is done\n" + common.table(self.stats[-1]))
         self.logged = time.monotonic()
 
-    def evaluate(self) -> dict[str, float]:
-        """Score the network, within EVAL_SHARE of the time of the run, and keep the best one."""
+    def evaluate(self) -> dict[str, float | None]:
+        """Score the network, within EVAL_SHARE of the time of the run, and keep the best one.
+
+        Only an evaluation whose episodes were all played to their end has a score: otherwise the
+        long ones are missing, which are the good ones of many games.
+        """
         from model import weights_file
         from predictor import score
 
@@ -1059,18 +1277,28 @@ class Training:
             done = score(self.env_id, network, episodes, seed, log, seconds, self.check)
         except (UserError, OSError) as error:  # there is no room for its players on a full disk
             self.check()  # if it is not an evaluation's, it is raised here
-            log(f"given up: {error}")
+            log(f"given up: {error}{self.without_best()}")
             return {}
         finally:
             self.at["evaluated_s"] += time.monotonic() - start
-        result, cut = summary(done), sum(not episode.finished for episode in done)
-        log(f"mean {result['mean']:.2f}, {cut} of {len(done)} episodes cut short")
-        mean = None if cut else result["mean"]  # what cut ones have so far says little
+        result, finished = summary(done), sum(episode.finished for episode in done)
+        log(f"mean {result['mean']:.2f}, {finished} of {episodes} episodes played to their end")
+        whole = finished == len(done) == episodes
         best = self.at["best_score"]
-        if best is None or (mean is not None and mean > best):
-            self.at["best_score"] = mean
-            self.write("model-best.npz", weights_file(network))
-        return {"mean_score": mean, "max_score": None if cut else result["max"]}
+        if whole and (best is None or result["mean"] > best):
+            if self.write("model-best.npz", weights_file(network)):
+                self.at["best_score"] = result["mean"]
+        elif not whole:
+            log("it is not whole, and decides nothing" + self.without_best())
+        scores = (result["mean"], result["max"]) if whole else (None, None)
+        return dict(zip(EVALUATED, (*scores, finished), strict=True))
+
+    def without_best(self) -> str:
+        """What to do while there is no model-best.npz, as the rest of a sentence."""
+        if self.at["best_score"] is not None:
+            return ""
+        ways = "--task eval, which has no limit of time, or fewer --eval-episode"
+        return f"; no evaluation was whole yet, so there is no model-best.npz: {ways}"
 
 
 def file_name(env_id: str) -> str:
@@ -1084,8 +1312,17 @@ def load_for(env_id: str | None, path: str) -> tuple:
     import model
 
     network, saved = model.load(path)
-    if saved and game and game.env_id != describe(saved["env"]).env_id:
-        raise UserError(f"{path} is a run of {saved['env']}, not of {env_id}", 2)
+    if saved:
+        try:
+            check_run(saved)
+        except ValueError as error:
+            raise UserError(f"{path} is not usable: {error}") from error
+        saved["file"] = os.path.abspath(path)
+        if env_id is None and ":" in saved["env"]:  # nothing in a file is executed unasked
+            module, way = saved["env"].partition(":")[0], f"give --env {saved['env']}"
+            raise UserError(f"{path} is of a game in the Python module {module}: {way}", 2)
+        if game is not None and saved["env"] not in (env_id, game.env_id):
+            raise UserError(f"{path} is a run of {saved['env']}, not of {env_id}", 2)
     game = game or describe(saved["env"])
     n, actions = network.num_actions, game.num_actions
     if n != actions:
@@ -1097,6 +1334,7 @@ def task_train(given: dict) -> None:
     """--task train."""
     interrupt_quietly()
     del given["task"]
+    arguments = given.pop("arguments")
     load, output, saved = given.pop("load", None), given.pop("output", None), {}
     env_id, kind = given.pop("env", None), given.get("network")
     gpus, ranks = given.pop("gpu", None), given.pop("ranks", None)
@@ -1112,40 +1350,44 @@ def task_train(given: dict) -> None:
     resumed, changes = resumed_options(before, given)
     chosen = {"seed": secrets.randbits(32)} | resumed | given
     chosen["network"] = (kind or "ba3c") if load is None else network.kind
-    path = os.path.join("train_log", "train-atari-" + file_name(env_id))
-    if saved:
-        saved["file"], path = os.path.abspath(load), os.path.dirname(load)
-    path = os.path.abspath(output or path)
-    goes_on = bool(saved) and saved["file"] == os.path.join(path, "checkpoint.pt")
+    place = place_run(env_id, output, saved)
     import torch
 
     import model
 
+    if not 0 < actions < model.MAX_ACTIONS:
+        raise UserError(f"{env_id} has {actions} actions, not 1 to {model.MAX_ACTIONS - 1}", 2)
     devices, other_devices = choose_devices(gpus, ranks, before)
     # What is wrong is said here, before ranks wait for each other.
     local = in_environment("LOCAL_WORLD_SIZE", len(devices))
     changes = other_devices + share_simulators(chosen, given, local) + changes
     options = complete(chosen, devices[0].type == "cpu", local, game.one_per_process)
-    log_file = None if in_environment("RANK", 0) else open_run(path, goes_on)
+    way = ""
+    if place.reason and saved["file"] == os.path.join(place.path, "checkpoint.pt"):
+        way = f"{place.reason}; name another --output"
+    log_file = None
+    if not in_environment("RANK", 0):
+        log_file = open_run(place.path, place.goes_on, way)
     if len(devices) > 1 and "RANK" not in os.environ:
         log_file.close()  # rank 0 opens it again
-        return launch(len(devices))
+        return launch(len(devices), arguments)
     same = {"--env": env_id, "--network": chosen["network"], "as number of actions": actions}
     same |= {flag(name): vars(options)[name.lower()] for name, *_ in LEARNING}
-    with join_ranks(devices, same, chosen["seed"]) as ranks:
+    with torch_settings_kept(), join_ranks(devices, same, chosen["seed"]) as ranks:
         of_all = {"seed": ranks.seed, "ranks": ranks.count, "gpu": gpu_numbers(ranks.devices)}
-        chosen |= of_all
         vars(options).update(of_all)
+        chosen |= {name: value for name, value in of_all.items() if value is not None}
         torch.manual_seed(ranks.seed)
         if load is None:
             network = model.Network(chosen["network"], actions)
             if options.center_filters:
                 network.center_filters()
-        Training(env_id, chosen, options, network, ranks, path, saved, log_file, changes).run()
+        run = Training(env_id, chosen, options, network, ranks, place, saved, log_file, changes)
+        run.run()
 
 
-def load_agent(given: dict, output: str | None) -> tuple:
-    """Game, network, number of episodes, seed and output directory of a task that plays."""
+def load_agent(given: dict) -> tuple:
+    """Game, network, number of episodes and seed of a task that plays."""
     if "load" not in given:
         path = os.path.join(os.path.dirname(__file__), "models", f"{given['env']}.npz")
         way = f", for example {os.path.relpath(path)}" if os.path.exists(path) else ""
@@ -1157,32 +1399,24 @@ def load_agent(given: dict, output: str | None) -> tuple:
 
         torch.cuda.set_device(device)
     network.to(device)
-    output = given.get("output", output)
-    if output is not None:
-        try:
-            os.makedirs(output, exist_ok=True)
-            if os.listdir(output):
-                raise UserError(f"{output} is not empty: name another --output", 2)
-            if not os.access(output, os.W_OK):
-                raise UserError(f"cannot write to {output}: it is read-only", 2)
-        except OSError as error:
-            raise UserError(f"cannot write to {output}: {error.strerror}", 2) from error
-    episodes, seed = given.get("episode", 100), given.get("seed", secrets.randbits(32))
-    return env_id, network, episodes, seed, output
+    return env_id, network, given.get("episode", 100), given.get("seed", secrets.randbits(32))
 
 
 def task_eval(given: dict) -> None:
     """--task eval."""
     start = time.monotonic()
-    env_id, network, count, seed, output = load_agent(given, None)
+    env_id, network, count, seed = load_agent(given)
     from predictor import score
 
-    episodes = score(env_id, network, count, seed, log=print)
-    table = summary(episodes) | {"seed": seed, "seconds": round(time.monotonic() - start, 1)}
-    print(tabulate(table.items()))
-    if output is not None:
-        result = common.results(env_id, episodes) | {"seed": seed}
-        write_file(f"{output}/results.json", json.dumps(result, indent=1).encode())
+    output = given.get("output")
+    with common.output_directory(output):
+        episodes = score(env_id, network, count, seed, log=print)
+        seconds = round(time.monotonic() - start, 1)
+        print(common.table(summary(episodes) | {"seed": seed, "seconds": seconds}))
+        if output is not None:
+            result = common.results(env_id, episodes) | {"seed": seed}
+            path = os.path.join(output, "results.json")
+            write_file(path, json.dumps(result, indent=1).encode())
 
 
 def watch(players, network, count: int, seed: int, each: Callable) -> None:
@@ -1197,18 +1431,21 @@ def watch(players, network, count: int, seed: int, each: Callable) -> None:
                     with undisturbed():
                         episodes = list(done)
                         each(episodes)
-                    print(f"{len(episodes)}/{count}, score={episodes[-1].score:g}", flush=True)
+                    last = common.number(episodes[-1].score)
+                    print(f"{len(episodes)}/{count}, score={last}", flush=True)
         finally:
-            result = summary(episodes) if episodes else {"episodes": 0}
-            print(tabulate(result.items()))
+            print(common.table(summary(episodes) if episodes else {"episodes": 0}))
 
 
 def task_play(given: dict) -> None:
     """--task play."""
-    env_id, network, count, seed, output = load_agent(given, None)
-    if output is not None:
-        players = Recorder(env_id, seed, lambda episode: f"{output}/episode{episode:06}.mp4")
-        return watch(players, network, count, seed, lambda episodes: None)
+    env_id, network, count, seed = load_agent(given)
+    if output := given.get("output"):
+        with common.output_directory(output):
+            players = Recorder(
+                env_id, seed, lambda episode: os.path.join(output, f"episode{episode:06}.mp4")
+            )
+            return watch(players, network, count, seed, lambda episodes: None)
     players = VectorPlayers(env_id, 1, seed, lambda: None, "--window")
     try:
         watch(players, network, count, seed, lambda episodes: None)
@@ -1219,7 +1456,8 @@ def task_play(given: dict) -> None:
 
 def task_gen_submit(given: dict) -> None:
     """--task gen_submit."""
-    env_id, network, count, seed, output = load_agent(given, "output_dir")
+    env_id, network, count, seed = load_agent(given)
+    output = given.get("output", "output_dir")
     from model import weights_file
 
     if count < 100:
@@ -1231,41 +1469,102 @@ def task_gen_submit(given: dict) -> None:
         recorded = episode in cubes or (episode and episode % 1000 == 0)
         return f"{prefix}{episode:06}.mp4" if recorded else None
 
-    recorder, model = Recorder(env_id, seed, path_of), file_name(env_id) + ".npz"
+    model, weights = file_name(env_id) + ".npz", weights_file(network)
     config = {"env_id": env_id, "network": network.kind, "num_actions": network.num_actions}
     config |= {"seed": seed, "state_shape": STATE_SHAPE, "random_actions": common.RANDOM_ACTIONS}
-    write_file(os.path.join(output, model), weights_file(network))
 
     def submit(episodes: list) -> None:
-        common.write_submission(output, env_id, recorder, episodes, model, config)
+        common.write_submission(output, env_id, recorder, episodes, model, config, weights)
 
-    watch(recorder, network, count, seed, submit)
+    with common.output_directory(output):
+        recorder = Recorder(env_id, seed, path_of)
+        try:
+            watch(recorder, network, count, seed, submit)
+        finally:
+            if recorder.replay is None:  # there is no submission that its videos belong to
+                for video in recorder.finished.values():
+                    video.drop()
 
 
 TASKS = {"train": task_train, "play": task_play, "eval": task_eval, "gen_submit": task_gen_submit}
 
 
-def main() -> int:
-    """Run a task; returns the exit code."""
-    parser = make_parser()
-    given = vars(parser.parse_args())
-    if "env" not in given and not given.get("load", "").endswith(".pt"):
-        parser.error("--env is required")
+@contextlib.contextmanager
+def process_kept() -> Iterator[None]:
+    """Leave the process of a caller as it was: how it handles signals, prints, and reports errors.
+
+    Until then what is printed appears line by line, for somebody may be reading, and names that a
+    terminal cannot show are printed as numbers.
+    """
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    mask, hook = signal.pthread_sigmask(signal.SIG_BLOCK, ()), threading.excepthook
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    ways = {}
+    for name, stream in streams.items():
+        if stream is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            ways[name] = {"line_buffering": stream.line_buffering, "errors": stream.errors}
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
+        for name, stream in streams.items():
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it was closed
+                if stream is None:
+                    getattr(sys, name).close()
+                elif name in ways:
+                    stream.reconfigure(**ways[name])
+            setattr(sys, name, stream)
+        if threading.current_thread() is threading.main_thread():
+            for signum, handler in handlers.items():
+                if handler is not None:  # one that is not Python's
+                    signal.signal(signum, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """Leave torch as a caller has set it."""
+    import torch
+
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a task; returns the exit code.
+
+    arguments: in place of those of the command line. It may be called from any thread, and again.
+    """
+    if arguments is None:
+        arguments = sys.argv[1:]
+    arguments = [str(argument) for argument in arguments]
+    with process_kept():
+        return run_task(arguments)
+
+
+def run_task(arguments: list[str]) -> int:
+    """What main does, in a process that it may change."""
     # Threads that wait should sleep: there are more of them here than cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What ranks have to say of each other is one sentence, not torch's warnings.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
-    if INTERRUPTIBLE:
+    if INTERRUPTIBLE and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    sys.stdout.reconfigure(line_buffering=True)  # into a pipe too: somebody may be reading
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of a rank: its launcher blocked them
-        TASKS[given["task"]](given)
+        given = read_options(arguments)
+        TASKS[given["task"]](given | {"arguments": arguments})
         return 0
+    except SystemExit as error:  # of a signal, of the ranks, or of the parser, which has said why
+        return error.code
     except KeyboardInterrupt:
         sentence, code = "interrupted", 130
     except (UserError, FloatingPointError, OSError) as error:
@@ -1274,7 +1573,7 @@ def main() -> int:
         if type(error).__name__ not in GPU_ERRORS:
             raise
         sentence, code = str(error).partition("\n")[0], 1
-    print(f"{parser.prog}: {sentence}", file=sys.stderr)
+    print(f"{PROGRAM}: {sentence}", file=sys.stderr)
     return code
 
 
@@ -1288,7 +1587,8 @@ def run_program() -> None:
         sys.exit(code)
     finally:
         try:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except OSError:  # nobody reads it any more: Python must not try again, and fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -26,7 +26,7 @@ from model import Network, WeightFileError, load, weights_file
 from simulator import FRAME_BYTES, Master
 from tests.test_predictor import check_transitions, drain, make_feed, watch, worth_a_quarter
 from tests.test_simulator import running
-from tests.test_train_atari import CATCH, ROOT, TINY, command, processes, run, simulators
+from tests.test_train_atari import CATCH, GAME, ROOT, TINY, command, processes, run, simulators
 
 FINE = ("--batch-size", "16", "--simulator-proc", "2", "--players-per-simulator", "2")
 
@@ -142,7 +142,7 @@ def test_an_evaluation_that_was_interrupted_is_played_again(tmp_path):
         process.communicate()
     assert not (path / "model-best.npz").exists()
     for words in ("evaluation: mean", "the run is done"):
-        done = run("--load", path / "checkpoint.pt")
+        done = run(*GAME, "--load", path / "checkpoint.pt")
         assert done.returncode == 0 and words in done.stdout + done.stderr
         (epoch,) = json.loads((path / "stats.json").read_text())
         assert epoch["global_step"] == 300 and (path / "model-best.npz").exists()
@@ -387,7 +387,7 @@ def test_what_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_path):
     done = run(*CATCH, *TINY, "--max-epoch", 1, "--output", path)
     assert done.returncode == 0, done.stderr
     before = {p.name: p.read_bytes() for p in path.glob("[cm]*")}
-    args = ("--load", path / "checkpoint.pt", "--learning-rate", "1e30", "--max-epoch", 9)
+    args = (*GAME, "--load", path / "checkpoint.pt", "--learning-rate", "1e30", "--max-epoch", 9)
     done = run(*args)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -402,7 +402,7 @@ def test_resume_after_sigkill_goes_on(tmp_path):
     path = tmp_path / "run"
     done = run(*CATCH, *TINY, "--max-epoch", 2, "--output", path)
     assert done.returncode == 0, done.stderr
-    args = command("--load", path / "checkpoint.pt", "--max-epoch", 1000)
+    args = command(*GAME, "--load", path / "checkpoint.pt", "--max-epoch", 1000)
     process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while "epoch 5 is done" not in process.stdout.readline():
         assert process.poll() is None
@@ -412,7 +412,7 @@ def test_resume_after_sigkill_goes_on(tmp_path):
     saved = load(str(path / "checkpoint.pt"))[1]
     assert saved["at"]["global_step"] >= 50 and saved["learner"]["updates"] >= 50
     epoch = saved["at"]["epoch"] + 1
-    done = run("--load", path / "checkpoint.pt", "--max-epoch", epoch)
+    done = run(*GAME, "--load", path / "checkpoint.pt", "--max-epoch", epoch)
     assert done.returncode == 0, done.stderr
     stats = json.loads((path / "stats.json").read_text())
     assert [e["epoch_num"] for e in stats] == list(range(1, epoch + 1))
@@ -425,7 +425,7 @@ def test_a_full_disk_stops_nothing_and_damages_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     before = (path / "checkpoint.pt").read_bytes(), (path / "model-latest.npz").read_bytes()
     limit = ["bash", "-c", 'ulimit -f 1000; trap "" XFSZ; exec "$@"', "-"]
-    args = command("--load", path / "checkpoint.pt", "--max-epoch", 3)
+    args = command(*GAME, "--load", path / "checkpoint.pt", "--max-epoch", 3)
     done = subprocess.run(limit + args, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "epoch 3 is done" in done.stdout

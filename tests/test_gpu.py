@@ -19,7 +19,7 @@ from predictor import ExperienceQueue, Replica
 from tests.conftest import GPUS
 from tests.test_faults import gone
 from tests.test_model import golden_arrays, relative
-from tests.test_train_atari import CATCH, ROOT, command, processes
+from tests.test_train_atari import CATCH, GAME, ROOT, command, processes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = torch.device("cuda")
@@ -152,14 +152,14 @@ def test_it_learns_on_a_gpu_and_goes_on_without_one(tmp_path):
     checkpoint = path / "checkpoint.pt"
     for more, device in ((("--ranks", 1), "cpu"), (("--gpu", 0), "cuda:0")):  # and back
         epochs = len(json.loads((path / "stats.json").read_text())) + 1
-        done = run("--load", checkpoint, "--max-epoch", epochs, *more)
+        done = run(*GAME, "--load", checkpoint, "--max-epoch", epochs, *more)
         assert done.returncode == 0 and re.search(f"device +{device}", done.stdout), done.stderr
     stats = json.loads((path / "stats.json").read_text())
     assert [epoch["global_step"] for epoch in stats] == [300, 600, 900, 1200]
     assert min(epoch["train_score"] for epoch in stats[1:]) >= 3.5
     scores = []
     for gpu in ("0", None):
-        args = ("--task", "eval", "--load", checkpoint, "--episode", 20, "--seed", 0)
+        args = ("--task", "eval", *GAME, "--load", checkpoint, "--episode", 20, "--seed", 0)
         done = run(*args, *(("--gpu", gpu) if gpu else ()))
         assert done.returncode == 0, done.stderr
         scores.append(float(re.search(r"mean +(\S+)", done.stdout)[1]))

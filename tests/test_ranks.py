@@ -19,7 +19,7 @@ import torch
 from common import UserError
 from model import Batch, DivergedError, Learner, Network, load
 from tests.test_faults import gone
-from tests.test_train_atari import CATCH, ROOT, TINY, command, processes, run
+from tests.test_train_atari import CATCH, GAME, ROOT, TINY, command, processes, run
 from train_atari import Ranks, choose_devices, resumed_options, share_simulators
 
 
@@ -90,7 +90,7 @@ def test_ranks_train_resume_and_change_their_number(tmp_path):
     assert (config["ranks"], config["gpu"], config["devices"]) == (2, None, ["cpu", "cpu"])
     assert config["simulator_proc"] == 2 * config["simulator_proc_of_a_rank"]
     # It has the same ranks as before, unless it is told otherwise, which it says in one line.
-    done = run("--load", path / "checkpoint.pt", "--max-epoch", 3)
+    done = run(*GAME, "--load", path / "checkpoint.pt", "--max-epoch", 3)
     assert done.returncode == 0, done.stderr
     assert re.search(r"ranks +2, each", done.stdout) and "otherwise" not in done.stdout
     resumed = json.loads((path / "config.json").read_text())

@@ -20,12 +20,14 @@ from model import load
 from train_atari import complete, find_devices, open_run, scheduled
 
 ROOT = Path(__file__).parent.parent
-CATCH = ("--env", "tests.games:Catch-v0", "--network", "a3c")
+GAME = ("--env", "tests.games:Catch-v0")
+CATCH = (*GAME, "--network", "a3c")
 TINY = ("--batch-size", "16", "--steps-per-epoch", "10", "--eval-episode", "2")
 METRICS = {
     *("mean_score", "max_score", "policy_loss", "xentropy_loss", "value_loss", "predict_reward"),
     *("rms_advantage", "cost", "importance", "learning_rate", "entropy_beta", "policy_lag"),
     *("policy_lag_max", "it_per_s", "states_per_s", "queue_size", "train_score", "grad_norm"),
+    *("train_episodes", "eval_episodes"),
 }
 
 
@@ -77,7 +79,9 @@ def test_what_a_run_leaves(trained):
         assert 0 < epoch["policy_lag"] <= 3 and epoch["policy_lag_max"] >= epoch["policy_lag"]
     assert [epoch["entropy_beta"] for epoch in stats] == [0.01, 0.005]
     assert [epoch["learning_rate"] for epoch in stats] == [1e-3, 1e-3]
-    assert stats[0]["mean_score"] is None and stats[1]["max_score"] == 5
+    assert stats[0]["mean_score"] is stats[0]["eval_episodes"] is None
+    assert stats[1]["max_score"] == 5 and stats[1]["eval_episodes"] == 8
+    assert stats[1]["train_episodes"] == 100
     config = json.loads((path / "config.json").read_text())
     assert config["env"] == "tests.games:Catch-v0" and config["seed"] == 1
     assert config["versions"]["torch"] == torch.__version__
@@ -120,7 +124,7 @@ def test_resume(tmp_path):
     assert first.returncode == 0, first.stderr
     saved = load(str(path / "checkpoint.pt"))[1]
     assert saved["at"]["global_step"] == saved["learner"]["updates"] == 20
-    resumed = run("--load", path / "checkpoint.pt", "--max-epoch", 3)
+    resumed = run(*GAME, "--load", path / "checkpoint.pt", "--max-epoch", 3)
     assert resumed.returncode == 0, resumed.stderr
     assert "restored" in resumed.stdout and "20 iterations, 2 epochs" in resumed.stdout
     stats = json.loads((path / "stats.json").read_text())
@@ -133,7 +137,7 @@ def test_resume(tmp_path):
     assert again["learner"]["updates"] == 30 and again["options"]["batch_size"] == 16
     # Once more, elsewhere: the first run stays as it is.
     other = tmp_path / "other"
-    done = run("--load", path / "checkpoint.pt", "--max-epoch", 4, "--output", other)
+    done = run(*GAME, "--load", path / "checkpoint.pt", "--max-epoch", 4, "--output", other)
     assert done.returncode == 0, done.stderr
     assert len(json.loads((path / "stats.json").read_text())) == 3
     assert len(json.loads((other / "stats.json").read_text())) == 4
@@ -217,7 +221,7 @@ def test_a_signal_saves_and_leaves_nothing(tmp_path, signum, code):
     steps = load(str(tmp_path / "run" / "checkpoint.pt"))[1]["at"]["global_step"]
     assert steps > 0
     # The run goes on in the middle of its epoch.
-    at = ("--load", tmp_path / "run" / "checkpoint.pt", "--steps-per-epoch", steps + 5)
+    at = (*GAME, "--load", tmp_path / "run" / "checkpoint.pt", "--steps-per-epoch", steps + 5)
     done = run(*at, "--max-epoch", 1, "--eval-episode", 1)
     assert done.returncode == 0, done.stderr
     stats = json.loads((tmp_path / "run" / "stats.json").read_text())
@@ -318,18 +322,6 @@ def test_help_is_quick_and_complete():
         assert f"--{option}" in done.stdout
 
 
-def test_only_the_runs_own_checkpoint_goes_on_there(trained, tmp_path):
-    path = tmp_path / "run"
-    path.mkdir()
-    for name in ("checkpoint.pt", "older.pt"):
-        (path / name).write_bytes((trained[0] / "checkpoint.pt").read_bytes())
-    done = run("--load", path / "older.pt", "--max-epoch", 9)
-    assert done.returncode == 2 and "holds a run" in done.stderr
-    done = run("--load", path / "checkpoint.pt", "--max-epoch", 2)
-    assert done.returncode == 0 and "the run is done: 2 epochs" in done.stderr
-    assert sorted(p.name for p in path.glob("*.npz")) == ["model-latest.npz"]
-
-
 def test_where_no_socket_can_be(tmp_path):
     deep = tmp_path / ("x" * 120)
     deep.mkdir()
@@ -364,7 +356,7 @@ def test_where_a_file_system_knows_no_locks(tmp_path, monkeypatch):
         def flock(*_):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("train_atari.fcntl.flock", flock)
+        monkeypatch.setattr("fcntl.flock", flock)
 
     for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
         fail(number)

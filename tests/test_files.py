@@ -1,0 +1,782 @@
+"""Files and directories, and what of them decides: checkpoints, runs, outputs, the best model.
+
+No test here starts Python: they call what the program calls, or the program itself.
+"""
+
+import contextlib
+import copy
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import model
+import predictor
+import simulator
+import train_atari
+from common import Episode
+from train_atari import Place, Training, complete, load_for, main, open_run
+
+GAME = "tests.games:Catch-v0"
+CATCH = ("--env", GAME)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path, monkeypatch):
+    """Whatever a test writes by a relative name is its own; simulators find the games of tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+
+
+@pytest.fixture(scope="module")
+def run_of_two_epochs(tmp_path_factory):
+    """The directory of a run that was trained for two epochs, and its weights' arrays."""
+    path = tmp_path_factory.mktemp("files") / "run"
+    size = ("--batch-size", 16, "--steps-per-epoch", 3, "--max-epoch", 2, "--eval-episode", 1)
+    few = ("--simulator-proc", 1, "--players-per-simulator", 4, "--seed", 1)
+    assert main([*CATCH, "--network", "a3c", *size, *few, "--output", path]) == 0
+    return path
+
+
+@pytest.fixture
+def run(run_of_two_epochs, tmp_path):
+    """A copy of that directory, which is a run's own as well."""
+    return shutil.copytree(run_of_two_epochs, tmp_path / "run")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "agent.npz"
+    path.write_bytes(model.weights_file(model.Network("a3c", 3)))
+    return path
+
+
+def contents(path):
+    return {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
+
+
+def sentence_of(capsys):
+    """The only line on standard error, which is not the usage."""
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if not line.startswith(("usage", " "))]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# The best model
+
+
+def make_training(path, saved=None):
+    """A run that has not begun to train, with a network of its own."""
+    path.mkdir(exist_ok=True)
+    chosen = {"seed": 1, "network": "a3c", "eval_episode": 4, "steps_per_epoch": 10}
+    options = complete(chosen, on_cpu=True)
+    network = model.Network("a3c", 3)
+    log_file = open_run(str(path), goes_on=True)
+    cpu = torch.device("cpu")
+    place = Place(str(path), bool(saved), "a place")
+    made = Training(GAME, chosen, options, network, cpu, place, saved or {}, log_file)
+    made.feed = SimpleNamespace(check=list, scores=[])
+    return made
+
+
+@pytest.fixture
+def training(tmp_path):
+    made = make_training(tmp_path / "run")
+    yield made
+    made.log_file.close()
+
+
+def resumed(training, tmp_path):
+    """The same run, started again from its checkpoint."""
+    training.save()
+    training.log_file.close()
+    path = tmp_path / "run" / "checkpoint.pt"
+    _, _, saved = load_for(GAME, str(path))
+    return make_training(tmp_path / "run", saved)
+
+
+def evaluated(training, monkeypatch, scores, finished=True):
+    """Let a network of its own be evaluated with these scores; what stats say, and the network."""
+    training.learner.network.load_state_dict(model.Network("a3c", 3).state_dict())
+    episodes = [Episode(float(score), 30, finished) for score in scores]
+    monkeypatch.setattr("predictor.score", lambda *_, **__: episodes)
+    return training.evaluate(), model.weights_file(training.learner.network)
+
+
+def test_only_whole_evaluations_choose_the_best_model(training, tmp_path, monkeypatch):
+    best = tmp_path / "run" / "model-best.npz"
+    # Nobody has scored these wholly: one of four episodes, and four that were cut short.
+    result, _ = evaluated(training, monkeypatch, [90])
+    assert result == {"mean_score": None, "max_score": None, "eval_episodes": 1}
+    result, _ = evaluated(training, monkeypatch, [90] * 4, finished=False)
+    assert result == {"mean_score": None, "max_score": None, "eval_episodes": 0}
+    assert not best.exists() and training.at["best_score"] is None
+    log = (tmp_path / "run" / "log.log").read_text()
+    assert "there is no model-best.npz: --task eval" in log and "fewer --eval-episode" in log
+    # The first whole one, one that is better, one that is not, one that is not whole.
+    result, first = evaluated(training, monkeypatch, [1, 2, 3, 4])
+    assert result == {"mean_score": 2.5, "max_score": 4, "eval_episodes": 4}
+    assert best.read_bytes() == first
+    _, better = evaluated(training, monkeypatch, [3] * 4)
+    assert best.read_bytes() == better != first
+    for scores in ([2] * 4, [3] * 4, [90] * 3):
+        evaluated(training, monkeypatch, scores)
+        assert best.read_bytes() == better and training.at["best_score"] == 3
+    # Across a resume the same holds.
+    again = resumed(training, tmp_path)
+    with again.log_file:
+        for scores in ([2] * 4, [90] * 3):
+            evaluated(again, monkeypatch, scores)
+            assert best.read_bytes() == better and again.at["best_score"] == 3
+        _, best_of_all = evaluated(again, monkeypatch, [4] * 4)
+        assert best.read_bytes() == best_of_all
+    assert (
+        "no evaluation was whole yet" not in (tmp_path / "run" / "log.log").read_text()[len(log) :]
+    )
+
+
+def test_the_best_score_is_that_of_a_file(training, tmp_path, monkeypatch):
+    """A model that could not be written is not the one that the next must beat."""
+    path = tmp_path / "run" / "model-best.npz"
+    with monkeypatch.context() as full:
+        full.setattr("train_atari.write_file", lambda *_: os.open("/nowhere/x", os.O_RDONLY))
+        evaluated(training, monkeypatch, [9] * 4)
+    assert training.at["best_score"] is None and "model-best.npz" in training.unwritten
+    _, written = evaluated(training, monkeypatch, [5] * 4)
+    assert path.read_bytes() == written and training.at["best_score"] == 5
+    assert not training.unwritten
+
+
+def test_evaluations_have_a_fifth_of_the_time_of_a_run(training, monkeypatch):
+    seconds = []
+
+    def score(env_id, network, episodes, seed, log, limit, check):
+        assert episodes == 4
+        seconds.append(limit)
+        training.began -= 10.0  # as long as it takes
+        return [Episode(1.0, 30, True)] * 4
+
+    monkeypatch.setattr("predictor.score", score)
+    training.began = time.monotonic() - 100.0
+    training.evaluate()
+    assert seconds[0] == pytest.approx(25.0, abs=0.5)  # of 125
+    training.at["evaluated_s"] = 10.0
+    training.evaluate()
+    assert seconds[1] == pytest.approx((0.2 * 110 - 10) / 0.8, abs=0.5)
+    training.at["evaluated_s"] = 1000.0  # more than that, by the start of its players
+    training.evaluate()
+    assert seconds[2] == 0.0
+
+
+def test_a_score_is_limited_in_time(monkeypatch):
+    """Two hundred episodes do not fit into a moment, and those that do are not whole."""
+    done = predictor.score(GAME, model.Network("a3c", 3), 200, 1, print, seconds=0.5)
+    assert 0 < len(done) < 200
+
+
+def test_an_evaluation_that_is_given_up_keeps_the_threads_of_torch(training, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("predictor.VectorPlayers", full)
+    monkeypatch.setattr("predictor.count_cores", lambda: 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert training.evaluate() == {}
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_tensorboard_has_means_of_seconds_and_an_epoch_has_its_own(training, monkeypatch):
+    scalars = []
+    training.writer = SimpleNamespace(add_scalar=lambda *a: scalars.append(a))
+    training.rates = {"learning_rate": 1e-3, "entropy_beta": 0.01}
+    monkeypatch.setattr(training, "save", lambda: None)
+    training.bar = SimpleNamespace(disable=False, set_postfix_str=lambda text: None)
+    training.epoch_began = time.monotonic() - 1.0
+    cost = training.columns.index("cost")
+    for step in range(10):
+        training.at["global_step"] = step + 1
+        training.rows.append(np.zeros(len(training.columns)))
+        training.rows[-1][cost] = step
+        if step == 5:
+            training.show(time.monotonic())
+    evaluation = {"mean_score": 5.0, "max_score": 7.0, "eval_episodes": 4}
+    monkeypatch.setattr(training, "evaluate", lambda: evaluation)
+    monkeypatch.setattr("train_atari.EVAL_EPOCH", 1)
+    training.end_epoch()
+    assert [s[1:] for s in scalars if s[0] == "cost"] == [(2.5, 6), (7.5, 10)]
+    assert training.stats[-1]["cost"] == 4.5
+    for name, value in evaluation.items():
+        assert training.stats[-1][name] == value
+        assert [s[1:] for s in scalars if s[0] == name] == [(value, 10)]
+    assert training.stats[-1]["train_episodes"] == 0
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (633519123, "633519123"),
+        (2469120.0, "2469120"),
+        (16184832, "16184832"),
+        (-21.0, "-21"),
+        (71175.25, "71175.25"),
+        (2469120.5, "2469120.50"),
+        (119.123456, "119.123"),
+        (3e-4, "0.0003"),
+        (None, "-"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_whole_numbers_are_printed_whole(value, text):
+    assert common.number(value) == text
+    assert common.table({"x": value}).split() == ["-" * 1, "-" * len(text), "x", text] + [
+        "-" * 1,
+        "-" * len(text),
+    ]
+
+
+def test_what_tasks_print_has_whole_numbers(training, weights, tmp_path, monkeypatch, capsys):
+    huge = [Episode(2469120.0, 16184832, True), Episode(2469122.0, 16184832, True)]
+    monkeypatch.setattr("predictor.score", lambda *_, **__: huge)
+    assert main(["--task", "eval", *CATCH, "--load", weights, "--seed", 633519123]) == 0
+    printed = capsys.readouterr().out
+    for text in ("mean 2469121", "max 2469122", "seed 633519123", "mean_length 16184832"):
+        assert text in " ".join(printed.split())
+
+    step = common.Player.step
+    monkeypatch.setattr(
+        "common.Player.step",
+        lambda self, action: (step(self, action)[0], 1e6, self.length == 2),
+    )
+    assert main(["--task", "play", *CATCH, "--load", weights, "--episode", 1, "--output", "v"]) == 0
+    printed = capsys.readouterr().out
+    assert "1/1, score=2000000\n" in printed or "1/1, score=-" not in printed
+    assert "e+0" not in printed
+    training.at |= {"epoch": 2, "epoch_step": 0, "due": True, "global_step": 16184832}
+    training.stats = [{"epoch_num": 1}, {"epoch_num": 2, "global_step": 16184832, "cost": 2e6}]
+    training.writer = SimpleNamespace(add_scalar=lambda *a: None)
+    training.end_epoch()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "global_step 16184832 cost 2000000 " in printed
+
+
+# Which directory a run is in
+
+
+def goes_on_in(path, arguments, capsys):
+    """Load a checkpoint of a run that is done; whether it was gone on with in `path`."""
+    before = contents(path)
+    code = main(["--max-epoch", 2, *CATCH, *arguments])
+    printed = capsys.readouterr()
+    assert code == 0 and "the run is done" in printed.err, printed
+    changed = contents(path) != before
+    assert (f"the run goes on in {path}" in printed.out) == changed
+    assert ("a new run in" in printed.out) != changed
+    return changed
+
+
+def test_a_run_goes_on_in_its_own_directory(run, tmp_path, capsys):
+    assert goes_on_in(run, ("--load", run / "checkpoint.pt"), capsys)
+    assert goes_on_in(run, ("--load", "run/checkpoint.pt", "--output", "run"), capsys)
+    os.symlink("run", "link")
+    assert goes_on_in(tmp_path / "link", ("--load", "link/checkpoint.pt", "--output", run), capsys)
+    assert not os.path.exists("train_log")
+
+
+def test_a_copy_of_a_whole_directory_is_a_directory_of_its_own(run, tmp_path, capsys):
+    before = contents(run)
+    copied = shutil.copytree(run, tmp_path / "copy")
+    assert goes_on_in(copied, ("--load", copied / "checkpoint.pt"), capsys)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("place", ["alone", "renamed", "beside", "here", "own"])
+def test_any_other_copy_of_a_checkpoint_begins_a_run_elsewhere(run, tmp_path, capsys, place):
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    file = backup / ("best.pt" if place == "renamed" else "checkpoint.pt")
+    arguments = ["--load", file]
+    if place == "own":
+        backup, file = run, run / "best.pt"
+        arguments = ["--load", file]
+    shutil.copy(run / "checkpoint.pt", file)
+    if place == "beside":
+        for name in ("stats.json", "model-latest.npz", "log.log"):
+            shutil.copy(run / name, backup)
+    if place == "here":
+        os.chdir(backup)
+        arguments = ["--load", "checkpoint.pt"]
+    assert not goes_on_in(backup, arguments, capsys)
+    (new,) = (backup if place == "here" else tmp_path).glob("train_log/*")
+    assert new.name == "train-atari-tests.games-Catch-v0"
+    _, _, old = load_for(GAME, str(file))
+    _, _, saved = load_for(GAME, str(new / "checkpoint.pt"))
+    assert saved["run_id"] != old["run_id"]
+    assert saved["stats"] == old["stats"] and saved["learner"]["updates"] == 6
+    weights = [each["learner"]["network"]["fc_pi.weight"] for each in (old, saved)]
+    assert torch.equal(*weights)
+    if place == "here":
+        shutil.rmtree("train_log")
+    # And there it goes on.
+    elsewhere = tmp_path / "elsewhere"
+    assert main(["--max-epoch", 2, *CATCH, *arguments, "--output", elsewhere]) == 0
+    capsys.readouterr()
+    assert goes_on_in(elsewhere, ("--load", elsewhere / "checkpoint.pt"), capsys)
+
+
+def test_a_directory_that_holds_another_run_is_refused(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "train_log" / "train-atari-tests.games-Catch-v0")
+    backup = tmp_path / "backup"
+    backup.mkdir()
+    shutil.copy(run / "checkpoint.pt", backup)
+    before = contents(other), contents(backup)
+    assert main(["--max-epoch", 3, *CATCH, "--load", backup / "checkpoint.pt"]) == 2
+    assert f"{other} holds a run" in sentence_of(capsys)
+    # Nor is a checkpoint written over that lies alone where it should go on.
+    arguments = ("--load", backup / "checkpoint.pt", "--output", backup)
+    assert main(["--max-epoch", 3, *CATCH, *arguments]) == 2
+    sentence = sentence_of(capsys)
+    assert "it has no log.log" in sentence and sentence.endswith("name another --output")
+    assert (contents(other), contents(backup)) == before
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda run: (run / "log.log").unlink(), "it has no log.log"),
+        (lambda run: (run / "stats.json").unlink(), "it has no stats.json"),
+        (lambda run: (run / "stats.json").write_text("{"), "its stats.json is damaged"),
+        (lambda run: (run / "config.json").write_text("[]"), "its config.json is damaged"),
+        (lambda run: rewrite(run, run_id="x"), "its config.json is of another run"),
+        (
+            lambda run: (run / "stats.json").write_text('[{"epoch_num": 1, "global_step": 9}]'),
+            "its stats.json is of another run",
+        ),
+    ],
+)
+def test_a_directory_must_agree_with_the_checkpoint(run, capsys, change, why):
+    change(run)
+    before = contents(run)
+    assert main(["--max-epoch", 2, *CATCH, "--load", run / "checkpoint.pt"]) == 0
+    assert f"{run} is not the directory of that run: {why})" in capsys.readouterr().out
+    assert contents(run) == before
+
+
+def rewrite(run, **changes):
+    """Change what the configuration of a run says; None: take it out."""
+    config = json.loads((run / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_that_has_no_name_is_known_by_its_seed(run, capsys):
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)
+    del saved["run_id"], saved["at"]["due"]  # as an earlier version wrote it
+    torch.save(saved, run / "checkpoint.pt")
+    rewrite(run, run_id=None)
+    assert goes_on_in(run, ("--load", run / "checkpoint.pt"), capsys)
+    torch.save(saved, run / "checkpoint.pt")  # stopped before its first checkpoint
+    assert goes_on_in(run, ("--load", run / "checkpoint.pt"), capsys)
+    torch.save(saved, run / "checkpoint.pt")
+    rewrite(run, run_id=None, seed=2)
+    assert not goes_on_in(run, ("--load", run / "checkpoint.pt"), capsys)
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 3])
+def test_stats_may_be_of_another_moment_of_the_run(run, capsys, epochs):
+    """It was killed between two files, or goes back to an earlier checkpoint."""
+    stats = json.loads((run / "stats.json").read_text())
+    stats = (stats + [stats[-1] | {"epoch_num": 3, "global_step": 9}])[:epochs]
+    (run / "stats.json").write_text(json.dumps(stats))
+    assert goes_on_in(run, ("--load", run / "checkpoint.pt"), capsys)
+
+
+def test_a_configuration_that_could_not_be_written_is_written_later(training, tmp_path):
+    path = tmp_path / "run" / "config.json"
+    config = path.read_text()
+    path.unlink()
+    training.unwritten["config.json"] = OSError("no room")
+    training.save()
+    assert path.read_text() == config and json.loads(config)["run_id"] == training.run_id
+    assert not training.unwritten
+
+
+# What a checkpoint must hold
+
+
+def paths_of(state, path=()):
+    """All places in a checkpoint, as tuples of keys."""
+    if isinstance(state, dict) and len(path) < 5:
+        for key, value in state.items():
+            yield (*path, key)
+            yield from paths_of(value, (*path, key))
+    elif isinstance(state, list) and path == ("stats",):
+        yield from paths_of(state[0], (*path, 0))
+
+
+NEEDLESS = {"due", "run_id", "param_groups"}  # of which something else is made
+
+
+def changed(state, place, **value):
+    """A copy of a checkpoint with another value in one place, or without it."""
+    key, *rest = place
+    copied = copy.copy(state)
+    if rest:
+        copied[key] = changed(state[key], rest, **value)
+    elif value:
+        copied[key] = value["value"]
+    else:
+        del copied[key]
+    return copied
+
+
+def test_a_checkpoint_without_a_key_or_with_a_wrong_type_is_refused(run):
+    good = torch.load(run / "checkpoint.pt", weights_only=True)
+    model.read_checkpoint(good)
+    train_atari.check_run(good)
+    places = [place for place in paths_of(good) if "param_groups" not in place]
+    places = [place for place in places if place[2:4] not in {("state", n) for n in range(1, 20)}]
+    assert len(places) > 60
+    for place in places:
+        # An option or a metric may be missing: earlier versions had fewer, and a run has defaults.
+        known = place[0] in ("options", "stats") and len(place) > 1
+        needed = ("epoch_num", "global_step")
+        optional = place[-1] in ("due", "run_id") or (known and place[-1] not in needed)
+        states = [changed(good, place, value={"wrong": ["type"]})]
+        if not optional:
+            states.append(changed(good, place))
+        for state in states:
+            with pytest.raises(ValueError) as caught:
+                model.read_checkpoint(state)
+                train_atari.check_run(state)
+                raise AssertionError(place)
+            assert str(caught.value).startswith("it"), place
+
+
+@pytest.mark.parametrize(
+    "place, value, text",
+    [
+        (("learner", "num_actions"), True, "num_actions is no int"),
+        (("learner", "num_actions"), 0, "it is for 0 actions"),
+        (("learner", "num_actions"), model.MAX_ACTIONS, "it is for 1000 actions"),
+        (("learner", "kind"), "resnet", "a network 'resnet'"),
+        (("learner", "updates"), -1, "it has -1 updates"),
+        (("learner", "updates"), 0, "its optimizer does not fit its network"),
+        (("learner", "optimizer"), {"state": {}, "param_groups": []}, "does not fit its network"),
+        (("learner", "network", "fc_v.bias"), torch.zeros(2), "fc_v.bias is (2,), not (1,)"),
+        (("learner", "network", "fc_v.bias"), torch.zeros(1).int(), "floating-point numbers"),
+        (("learner", "network", "fc_v.bias"), torch.full((1,), torch.nan), "is not finite"),
+        (("learner", "network", "more"), torch.zeros(2), "variables that its network has not"),
+        (("rng",), torch.zeros(3, dtype=torch.uint8), "is not usable"),
+        (("rng",), torch.zeros(3), "its random state is of another type"),
+        (("env",), "Pong-v0\nmore", "its env is no name"),
+        (("options", "batch_size"), "16", "option 'batch_size' with the value '16'"),
+        (("options", "batch_size"), -1, "invalid count value: '-1'"),
+        (("options", "batch_siz"), 16, "option 'batch_siz'"),
+        (("options", "gamma"), torch.nan, "invalid positive value"),
+        (("options", "learning_rate"), "1e-3,x", "invalid schedule value"),
+        (("options", "episode"), 3, "option 'episode'"),
+        (("options", "output"), "/", "option 'output'"),
+        (("options", "help"), "x", "its options are wrong"),
+        (("at", "global_step"), -1, "its global_step is -1"),
+        (("at", "epoch"), 3, "its stats are not those of 3 epochs"),
+        (("at", "elapsed_s"), torch.nan, "its elapsed_s is nan"),
+        (("at", "best_score"), torch.inf, "its best_score is inf"),
+        (("stats", 0, "cost"), "1", "its stats are no numbers"),
+        (("stats", 0, "epoch_num"), 2, "its stats are not those of 2 epochs"),
+    ],
+)
+def test_a_checkpoint_with_a_wrong_value_gets_one_sentence(run, capsys, place, value, text):
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    holder = state
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    torch.save(state, "changed.pt")
+    assert main([*CATCH, "--load", "changed.pt", "--max-epoch", 2]) in (1, 2)
+    sentence = sentence_of(capsys)
+    assert "changed.pt is" in sentence and text in sentence
+    assert not os.path.exists("train_log")
+
+
+def test_a_file_names_no_module_to_import(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "trap.py").write_text("open('it ran', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    for task in ((), ("--task", "eval")):
+        torch.save(state | {"env": "trap:Catch-v0"}, "other.pt")
+        assert main([*task, "--load", "other.pt"]) == 2
+        assert "give --env trap:Catch-v0" in sentence_of(capsys)
+        torch.save(state | {"env": "Cach-v0"}, "other.pt")
+        assert main([*task, "--load", "other.pt"]) == 2
+        assert "no game Cach-v0" in sentence_of(capsys)
+    assert not os.path.exists("it ran") and "trap" not in sys.modules
+    assert main(["--max-epoch", 2, *CATCH, "--load", run / "checkpoint.pt"]) == 0
+    # A game that needs no module needs no --env either.
+    network = model.Network("a3c", 6)
+    learner = model.Learner(network, torch.device("cpu"), 1e-3, 1)
+    state |= {"env": "Pong-v0", "learner": learner.state_dict()}
+    torch.save(state, "pong.pt")
+    assert load_for(None, "pong.pt")[0] == "Pong-v0"
+
+
+# What is left where nothing is whole
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def fail(*_, **__):
+    raise OSError("cannot write: no room")
+
+
+@pytest.mark.parametrize(
+    "task, place, how, code",
+    [
+        ("gen_submit", "common.Player.step", interrupt, 130),
+        ("gen_submit", "common.Video.write", fail, 1),
+        ("gen_submit", "common.Video.finish", interrupt, 130),
+        ("gen_submit", "common.write_submission", fail, 1),
+        ("gen_submit", "common.write_files", fail, 1),
+        ("play", "common.Video.write", interrupt, 130),
+        ("play", "common.Video.finish", fail, 1),
+        ("eval", "predictor.VectorPlayers", fail, 1),
+        ("eval", "predictor.evaluate", interrupt, 130),
+        ("eval", "train_atari.write_file", fail, 1),
+    ],
+)
+def test_what_failed_may_be_done_once_more(weights, monkeypatch, capsys, task, place, how, code):
+    command = ["--task", task, *CATCH, "--load", weights, "--episode", 2, "--output", "a/b"]
+    there = code == 1  # the directory, or only in those cases
+    if there:
+        os.makedirs("a/b")
+    with monkeypatch.context() as broken:
+        broken.setattr(place, how)
+        assert main(command) == code
+    sentence_of(capsys)
+    assert os.path.exists("a") == there
+    assert not there or os.listdir("a/b") == []
+    assert main(command) == 0
+    assert len(os.listdir("a/b")) >= 1
+
+
+def test_a_video_that_took_its_place_goes_with_its_episode(weights, tmp_path, monkeypatch):
+    """An interrupt comes after the file has its name, and before anything else knows of it."""
+    finish = common.Video.finish
+
+    def late(self):
+        finish(self)
+        raise KeyboardInterrupt
+
+    command = ["--task", "gen_submit", *CATCH, "--load", weights, "--episode", 2]
+    monkeypatch.setattr("common.Video.finish", late)
+    assert main(command) == 130
+    assert not os.path.exists("output_dir")
+
+
+# Paths are paths
+
+NAMES = ["run:1", "-x", "a b [c] {d} 50%d é", "s3://x"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_of_any_name(weights, name, monkeypatch):
+    file = f"{name.replace('/', '-')}.npz"
+    shutil.copy(weights, file)
+    for task, there in (("play", "episode000000.mp4"), ("gen_submit", "replay.mp4")):
+        output = f"{name}/{task}" if name == "-x" else f"{name}-{task}"
+        arguments = [f"--load={file}", f"--output={output}", "--episode", 1]
+        assert main(["--task", task, *CATCH, *arguments]) == 0
+        assert os.path.getsize(os.path.join(output, there)) > 1000
+    monkeypatch.setattr("predictor.score", lambda *_, **__: [Episode(1.0, 2, True)])
+    assert main(["--task", "eval", *CATCH, f"--load={file}", f"--output={name}-eval"]) == 0
+    assert os.listdir(f"{name}-eval") == ["results.json"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_of_any_name(run, name, monkeypatch):
+    """On a terminal that shows ASCII alone, too."""
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr("sys.stdout", screen)
+    shutil.copy(run / "checkpoint.pt", f"{name.replace('/', '-')}.pt")
+    load = f"--load={name.replace('/', '-')}.pt"
+    assert main([*CATCH, load, f"--output={name}", "--max-epoch", 2]) == 0
+    assert screen.encoding == "ascii" and screen.errors == "strict"
+    screen.flush()
+    assert b"begins with what" in screen.buffer.getvalue()
+    assert name.strip("/").split("/")[-1] in Path(name, "log.log").read_text("utf-8")
+    assert main([*CATCH, f"--load={name}/checkpoint.pt", "--max-epoch", 2]) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_of_any_name(name):
+    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    assert simulator.make_key(name) == simulator.read_key(name)
+
+
+# Temporary directories
+
+
+@pytest.fixture(params=["t", "[t]", "a b:c", "é*"])
+def temporary(request, tmp_path, monkeypatch):
+    path = tmp_path / request.param
+    path.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    return path
+
+
+def test_what_was_left_is_removed_and_nothing_else(temporary, monkeypatch):
+    left, fresh, foreign = (temporary / f"{simulator.PREFIX}{name}" for name in "abc")
+    for path in (left, foreign):
+        path.mkdir()
+        (path / "log").write_text("")
+        os.utime(path, (0, 0))
+    fresh.mkdir()
+    os.mkfifo(temporary / f"{simulator.PREFIX}pipe")  # nobody will ever open its other end
+    os.utime(temporary / f"{simulator.PREFIX}pipe", (0, 0))
+    elsewhere = temporary / "elsewhere"
+    elsewhere.mkdir()
+    os.utime(elsewhere, (0, 0))
+    os.symlink(elsewhere, temporary / f"{simulator.PREFIX}link")
+    held = os.stat(foreign).st_ino
+    stat = os.stat
+
+    def owner(path, *args, **kwargs):
+        found = stat(path, *args, **kwargs)
+        mine = os.geteuid() if found.st_ino != held else os.geteuid() + 1
+        return SimpleNamespace(
+            st_uid=mine, st_mtime=found.st_mtime, st_mode=found.st_mode, st_ino=found.st_ino
+        )
+
+    with monkeypatch.context() as seen:
+        seen.setattr("simulator.os.stat", owner)
+        swept = threading.Thread(target=simulator.sweep, daemon=True)
+        swept.start()
+        swept.join(10)
+    assert not swept.is_alive()
+    names = {path.name.removeprefix(simulator.PREFIX) for path in temporary.iterdir()}
+    assert names == {"b", "c", "pipe", "link", "elsewhere"}
+
+
+def test_players_where_a_file_system_knows_no_locks(temporary, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    done = predictor.score(GAME, model.Network("a3c", 3), 1, 1, print)
+    assert [episode.length for episode in done] == [30]
+    assert list(temporary.iterdir()) == []
+
+
+# The command line, from Python too
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (("--task", "train", "--episode", 7), "--episode is for --task play, eval and gen_submit"),
+        (("--episode", 7), "not for --task train"),
+        (("--task", "eval", "--network", "a3c"), "--network is for --task train"),
+        (("--task", "play", "--batch-size", 7), "--batch-size is for --task train, not for"),
+        (("--task", "gen_submit", "--eval-episode", 7), "--eval-episode is for --task train"),
+        (("--task", "eval", "--bfloat16", 1), "--bfloat16 is for --task train"),
+        (("--task", "eval", "--listen", "tcp://x"), "--listen is for --task train"),
+        (("--task", "eval", "--ranks", 2), "--ranks is for --task train"),
+        (("--output", ""), "invalid name value: ''"),
+        (("--key", "a\0b"), "invalid name value"),
+    ],
+)
+def test_an_option_that_a_task_has_not_is_refused(capsys, arguments, text):
+    assert main(["--env", "Pong-v0", *arguments]) == 2
+    assert text in sentence_of(capsys)
+    assert os.listdir() == []
+
+
+def test_every_option_belongs_to_a_task(capsys):
+    for action in train_atari.make_parser()._actions:
+        if action.dest != "help":
+            tasks = train_atari.tasks_of(action.dest)
+            assert tasks and set(tasks) <= set(train_atari.TASKS)
+    assert set(train_atari.ANY) == set(train_atari.TASKS)
+
+
+def test_more_actions_than_files_may_have_are_refused_before_training(monkeypatch, capsys):
+    monkeypatch.setattr("model.MAX_ACTIONS", 3)
+    assert main([*CATCH, *TINY]) == 2
+    assert f"{GAME} has 3 actions, not 1 to 2" in sentence_of(capsys)
+    assert os.listdir() == []
+
+
+TINY = ("--batch-size", 16, "--steps-per-epoch", 3, "--max-epoch", 1, "--eval-episode", 1)
+TINY += ("--simulator-proc", 1, "--players-per-simulator", 4, "--network", "a3c")
+
+
+@pytest.mark.parametrize("where", ["main", "thread"])
+def test_main_leaves_a_caller_as_it_was(where, weights, monkeypatch):
+    """From a notebook, say: output that is no file, handlers of its own, another thread."""
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    handlers = {s: lambda signum, frame: None for s in simulator.SIGNALS}
+    before = {s: signal.signal(s, handler) for s, handler in handlers.items()}
+    state = threading.excepthook, signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    codes = []
+
+    def use():
+        for number in (1, 2):
+            codes.append(main([*CATCH, *TINY, "--output", f"run{number}"]))
+        codes.append(main(["--task", "eval", *CATCH, "--load", weights, "--episode", 1]))
+        codes.append(main(["--task", "nonsense"]))
+
+    try:
+        if where == "main":
+            use()
+        else:
+            thread = threading.Thread(target=use)
+            thread.start()
+            thread.join()
+        assert codes == [0, 0, 0, 2], sys.stderr.getvalue()
+        assert {s: signal.getsignal(s) for s in handlers} == handlers
+        assert state == (threading.excepthook, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        assert torch.get_num_threads() == 2
+        assert "epoch 1 is done" in sys.stdout.getvalue()
+        assert isinstance(sys.stdout, io.StringIO)
+    finally:
+        torch.set_num_threads(threads)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def test_main_without_any_output(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["--env", "Pong-v0", "--episode", 7]) == 2
+    assert sys.stdout is sys.stderr is None
+
+
+def test_constants_of_model_and_players_agree():
+    for name in ("FRAME_SHAPE", "FRAME_HISTORY", "STATE_SHAPE"):
+        assert getattr(model, name) == getattr(common, name)
+    with contextlib.closing(common.make_env("Pong-v0")) as env:
+        assert common.Player(env).reset(seed=1).shape == model.FRAME_SHAPE
