@@ -28,7 +28,7 @@ import predictor
 import simulator
 import train_atari
 from common import Episode
-from train_atari import Place, Training, complete, load_for, main, open_run
+from train_atari import Place, Ranks, Training, complete, load_for, main, open_run
 
 GAME = "tests.games:Catch-v0"
 CATCH = ("--env", GAME)
@@ -88,9 +88,9 @@ def make_training(path, saved=None):
     options = complete(chosen, on_cpu=True)
     network = model.Network("a3c", 3)
     log_file = open_run(str(path), goes_on=True)
-    cpu = torch.device("cpu")
+    ranks = Ranks(torch.device("cpu"), {}, seed=1)  # this one alone
     place = Place(str(path), bool(saved), "a place")
-    made = Training(GAME, chosen, options, network, cpu, place, saved or {}, log_file)
+    made = Training(GAME, chosen, options, network, ranks, place, saved or {}, log_file, [])
     made.feed = SimpleNamespace(check=list, scores=[])
     return made
 
