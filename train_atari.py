@@ -162,7 +162,7 @@ OUTPUTS = (
 OPTIONS = (
     ("env", ANY, str, "ENV", "gymnasium id of an Atari game, such as Breakout-v0 (required)"),
     ("task", ANY, ANY, None, "default: train"),
-    ("gpu", ANY, str, "GPU", "GPUs, as 0,1,2; default: all, or the CPU where there is none"),
+    ("gpu", ANY, str, "GPU", "GPUs, as 0,1,2; default: as before, or all, or the CPU"),
     ("load", ANY, str, "FILE", "weights.npz to start from, or checkpoint.pt to go on with"),
     ("output", ANY, name, "DIR", OUTPUTS),
     ("seed", ANY, whole, "N", "of players, sampling, initialization"),
@@ -1373,7 +1373,11 @@ def task_train(given: dict) -> None:
         return launch(len(devices), arguments)
     same = {"--env": env_id, "--network": chosen["network"], "as number of actions": actions}
     same |= {flag(name): vars(options)[name.lower()] for name, *_ in LEARNING}
-    with torch_settings_kept(), join_ranks(devices, same, chosen["seed"]) as ranks:
+    with (
+        log_file or contextlib.nullcontext(),  # to close it lets go of its lock
+        torch_settings_kept(),
+        join_ranks(devices, same, chosen["seed"]) as ranks,
+    ):
         of_all = {"seed": ranks.seed, "ranks": ranks.count, "gpu": gpu_numbers(ranks.devices)}
         vars(options).update(of_all)
         chosen |= {name: value for name, value in of_all.items() if value is not None}

@@ -314,6 +314,16 @@ class Slow(Steady):
     metadata = {"render_modes": [], "render_fps": 7}  # noqa: RUF012
 
 
+class TellsSeeds(Steady):
+    """Writes the seeds that it is reset with to the file that the environment names."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None and "SEEDS" in os.environ:
+            with open(os.environ["SEEDS"], "a") as file:
+                file.write(f"{seed}\n")
+        return super().reset(seed=seed)
+
+
 class Chosen(gymnasium.ActionWrapper):
     """A game of ale-py with a choice of its actions, in an order of its own."""
 
@@ -337,6 +347,7 @@ def breakout_reordered(**how):
 
 GAMES = (Catch, Chatty, Crash, NoStart, Stuck, Windowed, Recorded, Count, WithThread, WithProcess)
 GAMES += (OwnLuck, GlobalLuck, OnePerProcess, NotFinite, SlowReset, Noisy, Doomed, StuckInC, Rich)
+GAMES += (TellsSeeds,)
 for game in GAMES:
     gymnasium.register(f"{game.__name__}-v0", game)
 gymnasium.register("Slow-v0", Slow, max_episode_steps=6)

@@ -19,6 +19,7 @@ from tests.test_faults import gone, training
 from tests.test_predictor import drain, make_feed, worth_a_quarter
 from tests.test_simulator import pids_of
 from tests.test_train_atari import command_line, processes, run
+from train_atari import main
 
 TINY = ("--network", "a3c", "--batch-size", 16, "--steps-per-epoch", 5, "--eval-episode", 2)
 
@@ -102,6 +103,30 @@ def test_no_two_players_have_the_same_luck(monkeypatch):
     # What a seed can reach repeats itself: also the generators that all of a process share.
     assert first_rewards("GlobalLuck", 5) == first_rewards("GlobalLuck", 5)
     assert first_rewards("GlobalLuck", 5) != first_rewards("GlobalLuck", 6)
+
+
+def test_every_start_and_every_rank_has_seeds_of_its_own(tmp_path, monkeypatch):
+    def seeds_of(name, *args):
+        """The seeds of the players of a run, each of which is there once."""
+        monkeypatch.setenv("SEEDS", str(tmp_path / f"{name}.txt"))
+        game = ("--env", "tests.games:TellsSeeds-v0", *TINY, "--simulator-proc", 2)
+        sizes = ("--players-per-simulator", 2, "--eval-episode", 1, "--queue-size", 16)
+        assert main([*game, *sizes, *args]) == 0
+        seeds = (tmp_path / f"{name}.txt").read_text().split()[: 2 * 2]  # those of evaluations come later
+        assert len(set(seeds)) == len(seeds) == 4
+        return set(seeds)
+
+    run_of = ("--output", tmp_path / "run")
+    first = seeds_of("first", "--seed", 7, "--max-epoch", 1, *run_of)
+    checkpoint = ("--load", tmp_path / "run" / "checkpoint.pt")
+    resumed = seeds_of("resumed", "--max-epoch", 2, *checkpoint)
+    again = seeds_of("again", "--seed", 7, "--max-epoch", 1, "--output", tmp_path / "again")
+    other = seeds_of("other", "--seed", 8, "--max-epoch", 1, "--output", tmp_path / "other")
+    assert first == again
+    assert not first & resumed and not first & other
+    ranks = ("--ranks", 2, "--output", tmp_path / "ranks")  # with one simulator each
+    of_ranks = seeds_of("ranks", "--seed", 7, "--max-epoch", 1, *ranks)
+    assert len(of_ranks & first) == 2  # those of rank 0
 
 
 def test_a_recording_repeats_itself_too(tmp_path):
