@@ -105,6 +105,12 @@ def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
     return env
 
 
+def close_env(env: gymnasium.Env) -> None:
+    """Close an environment, whatever that makes of it: nothing needs it any more."""
+    with contextlib.suppress(Exception):
+        env.close()
+
+
 class Game(NamedTuple):
     """What an environment says of itself."""
 
@@ -116,16 +122,17 @@ class Game(NamedTuple):
 @functools.cache
 def describe(env_id: str) -> Game:
     """Make an environment and ask it; UserError as of make_env."""
-    with contextlib.closing(make_env(env_id)) as env:
-        module, colon, name = env_id.rpartition(":")
-        if env.spec is not None:
-            name = env.spec.id
-        try:
-            make_env(env_id).close()
-            one_per_process = False
-        except UserError:
-            one_per_process = True
-        return Game(module + colon + name, int(env.action_space.n), one_per_process)
+    env = make_env(env_id)
+    module, colon, name = env_id.rpartition(":")
+    if env.spec is not None:
+        name = env.spec.id
+    try:
+        close_env(make_env(env_id))
+        one_per_process = False
+    except UserError:
+        one_per_process = True
+    close_env(env)
+    return Game(module + colon + name, int(env.action_space.n), one_per_process)
 
 
 def is_originals(env: gymnasium.Env) -> bool:
@@ -142,7 +149,7 @@ def is_originals(env: gymnasium.Env) -> bool:
 
 def frame_rate(env: gymnasium.Env) -> float:
     """Agent steps per second when a game is played at its own speed."""
-    fps = env.metadata.get("render_fps") or DEFAULT_FPS
+    fps = (env.metadata or {}).get("render_fps") or DEFAULT_FPS
     atari = env.unwrapped
     if isinstance(atari, ale_py.AtariEnv) and fps == atari.metadata.get("render_fps"):
         # It says the same whatever a step is: the console has 60 frames per second.
@@ -386,7 +393,7 @@ class Recorder:
         """Drop what is not finished."""
         if self.video:
             self.video.drop()
-        self.player.env.close()
+        close_env(self.player.env)
 
 
 def results(env_id: str, episodes: list[Episode]) -> dict:

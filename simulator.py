@@ -57,6 +57,7 @@ from common import (
     UNMENDABLE,
     Player,
     UserError,
+    close_env,
     count,
     count_cores,
     describe,
@@ -321,8 +322,7 @@ def run_simulator(a: argparse.Namespace) -> None:
         traceback.print_exc()
         code = 1
     for player in players:
-        with contextlib.suppress(Exception):
-            player.env.close()
+        close_env(player.env)
     sys.stdout.flush()
     sys.stderr.flush()
     if was_told:

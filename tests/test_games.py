@@ -112,7 +112,9 @@ def test_every_start_and_every_rank_has_seeds_of_its_own(tmp_path, monkeypatch):
         game = ("--env", "tests.games:TellsSeeds-v0", *TINY, "--simulator-proc", 2)
         sizes = ("--players-per-simulator", 2, "--eval-episode", 1, "--queue-size", 16)
         assert main([*game, *sizes, *args]) == 0
-        seeds = (tmp_path / f"{name}.txt").read_text().split()[: 2 * 2]  # those of evaluations come later
+        seeds = (
+            (tmp_path / f"{name}.txt").read_text().split()[: 2 * 2]
+        )  # those of evaluations come later
         assert len(set(seeds)) == len(seeds) == 4
         return set(seeds)
 

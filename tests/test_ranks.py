@@ -95,7 +95,7 @@ def test_ranks_train_resume_and_change_their_number(tmp_path):
     assert re.search(r"ranks +2, each", done.stdout) and "otherwise" not in done.stdout
     resumed = json.loads((path / "config.json").read_text())
     assert [resumed[name] for name in before] == [config[name] for name in before]
-    done = run("--load", path / "checkpoint.pt", "--max-epoch", 4, "--ranks", 1)
+    done = run(*GAME, "--load", path / "checkpoint.pt", "--max-epoch", 4, "--ranks", 1)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if "otherwise than before" in line]
     assert line.endswith("1 rank on the CPU instead of 2 ranks on the CPU")
@@ -289,7 +289,7 @@ def runs(tmp_path_factory):
 def test_ranks_hold_what_rank_0_holds(runs, tmp_path):
     """Also where one loads another checkpoint, or none: as on machines that share no disk."""
     more = (*TINY, "--max-epoch", 4, "--output", tmp_path / "run")
-    first, second = (("--load", path / "checkpoint.pt") for path in runs)
+    first, second = ((*GAME, "--load", path / "checkpoint.pt") for path in runs)
     done = run_ranks([(*first, *more), (*second, *more), (*CATCH, *more)])
     assert [rank.returncode for rank in done] == [0, 0, 0], [rank.stderr for rank in done]
     # At the end of each epoch the ranks compare their weights.
@@ -427,7 +427,7 @@ def test_what_is_wrong_is_said_and_nothing_bad_is_saved(runs, tmp_path, name, te
     before = [(tmp_path / "run" / name).read_bytes() for name in names]
     fault = f"MARK = {str(tmp_path / 'mark')!r}" + FAULTS[name]
     checkpoint = tmp_path / "run" / "checkpoint.pt"
-    args = ("--load", checkpoint, "--steps-per-epoch", 6000, "--max-epoch", 3, "--ranks", 2)
+    args = (*GAME, "--load", checkpoint, "--steps-per-epoch", 6000, "--max-epoch", 3, "--ranks", 2)
     done = subprocess.run(
         [*program(tmp_path, fault), *map(str, args)],
         cwd=ROOT,
@@ -520,10 +520,10 @@ def test_a_resumed_run_neither_listens_nor_makes_another_key(tmp_path):
     done = run(*args, cwd=tmp_path / "here", **place)
     assert done.returncode == 0, done.stderr
     key, checkpoint = tmp_path / "here" / "run.key", tmp_path / "here" / "run" / "checkpoint.pt"
-    done = run("--load", checkpoint, *listen, cwd=tmp_path / "there", **place)
+    done = run(*GAME, "--load", checkpoint, *listen, cwd=tmp_path / "there", **place)
     assert done.returncode == 2
     assert f"no key {tmp_path / 'there' / 'run.key'}; the key of this run is {key}" in done.stderr
-    done = run("--load", checkpoint, "--max-epoch", 2, cwd=tmp_path / "there", **place)
+    done = run(*GAME, "--load", checkpoint, "--max-epoch", 2, cwd=tmp_path / "there", **place)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if "otherwise than before" in line]
     assert line.endswith(f"as before it would with --listen {address} --key {key}")
