@@ -241,6 +241,7 @@ def program(tmp_path, fault):
     """The program with something replaced: a file, for it starts its ranks by its own name."""
     path = tmp_path / "train_atari.py"
     lines = ["import os, sys", f"sys.path[0] = {str(ROOT)!r}", "import train_atari", fault]
+    lines += ["train_atari.__file__ = __file__"]
     lines += ["if __name__ == '__main__': sys.exit(train_atari.main())"]
     path.write_text("\n".join(lines))
     return [sys.executable, str(path)]
