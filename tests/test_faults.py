@@ -26,7 +26,17 @@ from model import Network, WeightFileError, load, weights_file
 from simulator import FRAME_BYTES, Master
 from tests.test_predictor import check_transitions, drain, make_feed, watch, worth_a_quarter
 from tests.test_simulator import running
-from tests.test_train_atari import CATCH, GAME, ROOT, TINY, command, processes, run, simulators
+from tests.test_train_atari import (
+    CATCH,
+    GAME,
+    ROOT,
+    TINY,
+    command,
+    processes,
+    run,
+    simulators,
+    talking,
+)
 
 FINE = ("--batch-size", "16", "--simulator-proc", "2", "--players-per-simulator", "2")
 
@@ -37,7 +47,7 @@ def training(tmp_path, *args, **kwargs):
     sockets = tmp_path / "t"
     sockets.mkdir(exist_ok=True)
     process = subprocess.Popen(
-        command(*CATCH, *FINE, "--output", tmp_path / "run", *args),
+        talking(*CATCH, *FINE, "--output", tmp_path / "run", *args),
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(sockets)},
         stdout=subprocess.PIPE,
@@ -445,7 +455,8 @@ def test_a_directory_that_vanishes_stops_nothing(tmp_path):
         output, errors = process.communicate(timeout=30)
         assert process.returncode == 130
         assert "warning: cannot write" in output and errors.count("\n") == 1
-        assert "stopped by SIGINT" in errors and "not written: checkpoint.pt" in errors
+        assert "stopped by SIGINT" in errors
+        assert "not written: stats.json, checkpoint.pt, model-latest.npz" in errors
 
 
 def test_foreign_messages_change_nothing():

@@ -19,7 +19,7 @@ import torch
 from common import UserError
 from model import Batch, DivergedError, Learner, Network, load
 from tests.test_faults import gone
-from tests.test_train_atari import CATCH, GAME, ROOT, TINY, command, processes, run
+from tests.test_train_atari import CATCH, GAME, ROOT, TINY, command, processes, run, talking
 from train_atari import Ranks, choose_devices, resumed_options, share_simulators
 
 
@@ -127,10 +127,10 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
     sockets.mkdir()
     args = (*CATCH, "--batch-size", 16, "--output", tmp_path / "run", "--seed", 3)
     if engine == "script":
-        program = command(*args, "--ranks", 2)
+        program = talking(*args, "--ranks", 2)
     else:
         program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        program += ["--nproc-per-node", "2", *command(*args)[1:]]
+        program += ["--nproc-per-node", "2", *talking(*args)[1:]]
     process = subprocess.Popen(
         program,
         cwd=ROOT,
@@ -215,7 +215,7 @@ def listening(pids):
 def test_nothing_listens_beyond_this_machine(tmp_path, ranks):
     args = (*CATCH, "--batch-size", 16, "--output", tmp_path / "run", "--ranks", ranks)
     process = subprocess.Popen(
-        command(*args),
+        talking(*args),
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,

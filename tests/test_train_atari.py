@@ -35,6 +35,11 @@ def command(*args):
     return [sys.executable, str(ROOT / "train_atari.py"), *map(str, args)]
 
 
+def talking(*args):
+    """A command that tells its progress often."""
+    return [sys.executable, str(ROOT / "tests" / "often.py"), *map(str, args)]
+
+
 def run(*args, cwd=ROOT, **kwargs):
     done = subprocess.run(
         command(*args), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs
@@ -200,7 +205,7 @@ def test_a_signal_saves_and_leaves_nothing(tmp_path, signum, code):
     sockets.mkdir()
     args = (*CATCH, "--batch-size", 16, "--output", tmp_path / "run")
     process = subprocess.Popen(
-        command(*args),
+        talking(*args),
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(sockets)},
         stdout=subprocess.PIPE,
