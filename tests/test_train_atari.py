@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import UserError
 from model import load
-from train_atari import complete, find_devices, open_run, scheduled
+from train_atari import complete, find_devices, main, open_run, scheduled
 
 ROOT = Path(__file__).parent.parent
 GAME = ("--env", "tests.games:Catch-v0")
@@ -41,11 +42,23 @@ def talking(*args):
 
 
 def run(*args, cwd=ROOT, **kwargs):
-    done = subprocess.run(
-        command(*args), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs
-    )
-    assert "Traceback" not in done.stdout + done.stderr
-    return done
+    """What the program makes of these arguments: returncode, stdout, stderr.
+
+    It runs in this process, without a second start of Python, unless that must be another one.
+    """
+    if kwargs:
+        how = {"cwd": cwd, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+        done = subprocess.run(command(*args), **how, **kwargs)
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        code = main(args)
+    return subprocess.CompletedProcess(args, code, output.getvalue(), errors.getvalue())
 
 
 @pytest.fixture(scope="module")
