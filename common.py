@@ -5,6 +5,7 @@ function from states to policies.
 """
 
 import contextlib
+import copy
 import datetime
 import difflib
 import functools
@@ -14,8 +15,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,6 +42,10 @@ UNMENDABLE = 2  # exit code of a program that would end in the same way again
 cv2.setNumThreads(1)  # the processes share the cores; a resize is too small to share
 gymnasium.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner in every process
+
+
+class Stopped(SystemExit):
+    """A signal ends this program; a game that calls sys.exit does not raise this."""
 
 
 class UserError(Exception):
@@ -83,7 +90,7 @@ def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
     if window and sys.platform == "linux":  # without a display SDL would play where nobody sees it
         os.environ.setdefault("SDL_VIDEODRIVER", "wayland,x11")
     try:
-        with warnings.catch_warnings():  # that -v0 is out of date is the user's choice
+        with signals_kept(), warnings.catch_warnings():  # that -v0 is out of date is known
             warnings.simplefilter("ignore")
             # The checker would look at every observation of every step: a fifth of its time.
             env = gymnasium.make(env_id, disable_env_checker=True, **render)
@@ -92,7 +99,9 @@ def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
         nearest = ", ".join(difflib.get_close_matches(env_id, games, cutoff=0.4) or games[:3])
         reason = str(error).partition("\n")[0]
         raise UserError(f"no game {env_id} ({reason}); the nearest names: {nearest}", 2) from error
-    except Exception as error:  # whatever a game or its module does when it starts
+    except Stopped:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a game or its module does when it starts
         if window:
             raise UserError(f"no window can be opened for {env_id}: {error}") from error
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -105,10 +114,40 @@ def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
     return env
 
 
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Handle signals as before at the end: a game may have handlers of its own."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main_thread else ()
+    handlers = {signum: signal.getsignal(signum) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            if handler is not None:  # one that is not Python's
+                signal.signal(signum, handler)
+
+
 def close_env(env: gymnasium.Env) -> None:
     """Close an environment, whatever that makes of it: nothing needs it any more."""
-    with contextlib.suppress(Exception):
+    try:
         env.close()
+    except Stopped:
+        raise
+    except (Exception, SystemExit):
+        pass
+
+
+@contextlib.contextmanager
+def failures_named(env_id: str) -> Iterator[None]:
+    """Make a sentence, a UserError, of whatever a game raises in this process."""
+    try:
+        yield
+    except (UserError, Stopped):
+        raise
+    except (Exception, SystemExit) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{env_id} failed: {type(error).__name__}: {reason}") from error
 
 
 class Game(NamedTuple):
@@ -122,6 +161,7 @@ class Game(NamedTuple):
 @functools.cache
 def describe(env_id: str) -> Game:
     """Make an environment and ask it; UserError as of make_env."""
+    directory = os.getcwd()
     env = make_env(env_id)
     module, colon, name = env_id.rpartition(":")
     if env.spec is not None:
@@ -132,6 +172,7 @@ def describe(env_id: str) -> Game:
     except UserError:
         one_per_process = True
     close_env(env)
+    os.chdir(directory)  # a game may have gone elsewhere
     return Game(module + colon + name, int(env.action_space.n), one_per_process)
 
 
@@ -166,7 +207,9 @@ def action_meanings(env: gymnasium.Env) -> list[str]:
     elif isinstance(env, gymnasium.ActionWrapper):
         inner = action_meanings(env.env)
         if inner:
-            meanings = [inner[env.action(action)] for action in range(env.action_space.n)]
+            # It may remember what it was asked: each question is for a copy of its own.
+            actions = [copy.copy(env).action(action) for action in range(env.action_space.n)]
+            meanings = [inner[action] for action in actions]
     elif isinstance(env, gymnasium.Wrapper):
         meanings = action_meanings(env.env)
     return meanings if len(meanings) == env.action_space.n else []
@@ -228,7 +271,7 @@ class Player:
         A lost life is not the end; the limit of steps is one like any other.
         """
         self.screen, reward, terminated, truncated, _ = self.env.step(action)
-        reward = float(reward)
+        reward = float(np.asarray(reward).item())  # some games give an array of one
         self.score += reward
         self.length += 1
         if not math.isfinite(reward) or not math.isfinite(self.score):
@@ -362,6 +405,7 @@ class Recorder:
 
     def __init__(self, env_id: str, seed: int, path_of: Callable[[int], str | None]):
         seed_games(seed)
+        self.env_id = env_id
         self.player = Player(make_env(env_id))
         self.fps = frame_rate(self.player.env)
         self.seed, self.path_of = seed, path_of
@@ -373,16 +417,20 @@ class Recorder:
     def step(self, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As VectorPlayers.step."""
         if actions is None:
-            return self.player.reset(seed=self.seed)[None], np.zeros(1), np.zeros(1, bool)
+            with failures_named(self.env_id):
+                return self.player.reset(seed=self.seed)[None], np.zeros(1), np.zeros(1, bool)
         episode = len(self.times) - 1
         path = self.path_of(episode)
         if path and self.player.length == 0:
             self.video = Video(path, self.player.screen, self.fps)
-        frame, reward, is_over = self.player.step(int(actions[0]))
+        with failures_named(self.env_id):
+            frame, reward, is_over = self.player.step(int(actions[0]))
         if self.video:
             self.video.write(self.player.screen)
         if is_over:
-            frame, now = self.player.reset(), time.time()  # an interrupt here drops the episode
+            with failures_named(self.env_id):
+                frame = self.player.reset()
+            now = time.time()  # an interrupt here drops the episode
             if self.video:
                 self.video.finish()
                 self.finished[episode], self.video = self.video, None

@@ -56,6 +56,7 @@ from common import (
     FRAME_SHAPE,
     UNMENDABLE,
     Player,
+    Stopped,
     UserError,
     close_env,
     count,
@@ -100,6 +101,11 @@ def on_signals(handler: Callable, signals=SIGNALS) -> None:
     for signum in signals:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handler)
+
+
+def stop(signum: int, frame) -> None:
+    """Handle a signal that ends this program."""
+    raise Stopped(128 + signum)
 
 
 @contextlib.contextmanager
@@ -323,6 +329,9 @@ def run_simulator(a: argparse.Namespace) -> None:
         code = 1
     for player in players:
         close_env(player.env)
+    if os.getpgrp() == os.getpid():  # what games have started and not ended
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
     sys.stdout.flush()
     sys.stderr.flush()
     if was_told:
@@ -351,7 +360,7 @@ def find_run(host: str, port: int) -> int:
 
 def join_run(a: argparse.Namespace) -> None:
     """Keep `simulator_proc` simulators in a run elsewhere, and start those anew that lost it."""
-    on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
+    on_signals(stop, SIGNALS[1:])
     if a.key is None:
         raise UserError("--key FILE is needed to join a run", 2)
     read_key(a.key)
@@ -439,15 +448,16 @@ class Master:
         except zmq.ZMQError as error:  # of a long TMPDIR, for example
             raise UserError(f"cannot listen on {address}: {error}") from error
 
-    def admit(self, identity: bytes, place: int) -> None:
+    def admit(self, identity: bytes, place: int) -> Peer:
         """From now on `identity` has this place, and nobody else."""
         for other, peer in list(self.peers.items()):
             if peer.place == place:
                 self.replaced.add(other)
                 del self.peers[other]
-        self.peers[identity] = Peer(place)
+        peer = self.peers[identity] = Peer(place)
+        return peer
 
-    def find_place(self, identity: bytes) -> int | None:
+    def find_place(self) -> int | None:
         """A place for a simulator that is new to an open master; None where there is none."""
         taken = {peer.place for peer in self.peers.values()}
         vacant = (place for place in range(self.num_places) if place not in taken)
@@ -485,9 +495,8 @@ class Master:
 
     def is_late(self, identity: bytes) -> bool:
         """Whether it is known, so that what cannot be used of it came too late, or twice."""
-        return identity in self.replaced or (
-            identity in self.peers and self.peers[identity].was_heard
-        )
+        peer = self.peers.get(identity)
+        return identity in self.replaced or (peer is not None and peer.was_heard)
 
     def parse(self, parts: list[bytes]) -> Message | None:
         """The message in these parts, or None if they are not one of a known simulator."""
@@ -506,14 +515,11 @@ class Master:
         fits = fits and identity.startswith(self.game)
         if not fits or not all(map(math.isfinite, [*rewards, *(score for score, _ in finished)])):
             return None
-        if identity not in self.peers:
-            place = self.find_place(identity)
-            if place is None:
-                return None
-            self.admit(identity, place)
+        peer = self.peers.get(identity)  # another thread may replace it meanwhile
+        if peer is None and self.is_open and (place := self.find_place()) is not None:
+            peer = self.admit(identity, place)
             self.joined += 1
-        peer = self.peers[identity]
-        if not peer.must_play:  # it has not been answered
+        if peer is None or not peer.must_play:  # it has no place, or has not been answered
             return None
         is_first = not peer.was_heard
         peer.was_heard, peer.must_play = True, False
@@ -638,6 +644,13 @@ def sweep() -> None:
                 os.close(directory)
 
 
+def child_environment() -> dict[str, str]:
+    """The environment of programs that find the same modules as this process."""
+    paths = [path or os.getcwd() for path in sys.path]
+    own = [path for path in paths if not path.startswith((sys.prefix, sys.base_prefix))]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(own)}
+
+
 def open_log(path: str) -> int:
     """A new file for what a simulator prints; on a full disk it is not kept."""
     with contextlib.suppress(OSError):
@@ -742,7 +755,7 @@ class Pool:
         self.prepare(index, identity)
         command = [*self.command, *self.options(index), f"--identity={identity}"]
         command += [f"--index={index}", f"--progress={self.directory}/progress"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment = child_environment() | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.progress.clear(index)
         log = open_log(self.log_path(index))
         try:

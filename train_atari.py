@@ -73,9 +73,11 @@ from simulator import (
     SIGNALS,
     SimulatorError,
     VectorPlayers,
+    child_environment,
     end,
     end_with_parent,
     on_signals,
+    stop,
     undisturbed,
 )
 
@@ -664,7 +666,7 @@ def join_ranks(devices: list, same: dict, seed: int) -> Ranks:
 def interrupt_quietly() -> None:
     """Let Ctrl-C end this rank without a word, for another one of this machine says it."""
     if in_environment("LOCAL_RANK", 0) and INTERRUPTIBLE:
-        signal.signal(signal.SIGINT, lambda signum, frame: sys.exit(130))
+        signal.signal(signal.SIGINT, stop)
 
 
 def stay_on_this_machine() -> None:
@@ -712,7 +714,9 @@ def launch(ranks: int, arguments: list[str]) -> None:
         failed = 0
         try:
             for rank in range(ranks):
-                environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environment = (
+                    child_environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                )
                 streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL if rank else None}
                 process = subprocess.Popen(
                     [sys.executable, os.path.abspath(__file__), *arguments],
@@ -900,8 +904,11 @@ def open_run(path: str, goes_on: bool, way: str = ""):
     """
     present = [name for name in RUN_FILES if os.path.exists(os.path.join(path, name))]
     if present and not goes_on:
-        checkpoint = os.path.join(path, "checkpoint.pt")
-        way = way or f"go on with it by --load {checkpoint}, or name another --output"
+        if "checkpoint.pt" in present:
+            checkpoint = os.path.join(path, "checkpoint.pt")
+            way = way or f"go on with it by --load {checkpoint}, or name another --output"
+        else:  # it was ended before its first checkpoint was whole
+            way = "name another --output, or remove it: there is no checkpoint to go on from"
         raise UserError(f"{path} holds a run ({', '.join(present)}): {way}", 2)
     try:
         path.encode()
@@ -1444,7 +1451,8 @@ def watch(players, network, count: int, seed: int, each: Callable) -> None:
 def task_play(given: dict) -> None:
     """--task play."""
     env_id, network, count, seed = load_agent(given)
-    if output := given.get("output"):
+    if "output" in given:
+        output = os.path.abspath(given["output"])  # wherever a game goes
         with common.output_directory(output):
             players = Recorder(
                 env_id, seed, lambda episode: os.path.join(output, f"episode{episode:06}.mp4")
@@ -1461,7 +1469,7 @@ def task_play(given: dict) -> None:
 def task_gen_submit(given: dict) -> None:
     """--task gen_submit."""
     env_id, network, count, seed = load_agent(given)
-    output = given.get("output", "output_dir")
+    output = os.path.abspath(given.get("output", "output_dir"))  # wherever a game goes
     from model import weights_file
 
     if count < 100:
@@ -1502,6 +1510,7 @@ def process_kept() -> Iterator[None]:
     """
     handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     mask, hook = signal.pthread_sigmask(signal.SIG_BLOCK, ()), threading.excepthook
+    directory = os.getcwd()
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     ways = {}
     for name, stream in streams.items():
@@ -1514,6 +1523,7 @@ def process_kept() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = hook
+        os.chdir(directory)  # a game may have gone elsewhere
         for name, stream in streams.items():
             with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it was closed
                 if stream is None:
@@ -1559,7 +1569,7 @@ def run_task(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What ranks have to say of each other is one sentence, not torch's warnings.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    on_signals(lambda signum, frame: sys.exit(128 + signum), SIGNALS[1:])
+    on_signals(stop, SIGNALS[1:])
     if INTERRUPTIBLE and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

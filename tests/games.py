@@ -314,6 +314,34 @@ class Slow(Steady):
     metadata = {"render_modes": [], "render_fps": 7}  # noqa: RUF012
 
 
+class OwnSignals(Steady):
+    """Handles signals as it likes, as engines do, and goes to a directory of its own."""
+
+    def __init__(self):
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda *_: print("the game goes on"))
+        os.chdir("/")
+
+
+class Exits(Steady):
+    """Ends its program in its tenth step, and when it is closed."""
+
+    def step(self, action):
+        if self.steps == 10:
+            sys.exit(0)
+        return super().step(action)
+
+    def close(self):
+        sys.exit(5)
+
+
+class ArrayReward(Steady):
+    """Its reward is an array of one."""
+
+    def reward(self):
+        return np.ones(1)
+
+
 class TellsSeeds(Steady):
     """Writes the seeds that it is reset with to the file that the environment names."""
 
@@ -340,6 +368,11 @@ def pong_of_two_actions(**how):
     return Chosen(gymnasium.make("ALE/Pong-v5", **how), (2, 3))
 
 
+def sticky_breakout(**how):
+    gymnasium.register_envs(ale_py)
+    return gymnasium.wrappers.StickyAction(gymnasium.make("ALE/Breakout-v5", **how), 0.5)
+
+
 def breakout_reordered(**how):
     gymnasium.register_envs(ale_py)
     return Chosen(gymnasium.make("ALE/Breakout-v5", **how), (3, 2, 0, 1))
@@ -347,10 +380,11 @@ def breakout_reordered(**how):
 
 GAMES = (Catch, Chatty, Crash, NoStart, Stuck, Windowed, Recorded, Count, WithThread, WithProcess)
 GAMES += (OwnLuck, GlobalLuck, OnePerProcess, NotFinite, SlowReset, Noisy, Doomed, StuckInC, Rich)
-GAMES += (TellsSeeds,)
+GAMES += (TellsSeeds, OwnSignals, Exits, ArrayReward)
 for game in GAMES:
     gymnasium.register(f"{game.__name__}-v0", game)
 gymnasium.register("Slow-v0", Slow, max_episode_steps=6)
 gymnasium.register("Slow-v2", Slow, max_episode_steps=8)
 gymnasium.register("PongOfTwoActions-v0", pong_of_two_actions)
+gymnasium.register("StickyBreakout-v0", sticky_breakout)
 gymnasium.register("BreakoutReordered-v0", breakout_reordered)

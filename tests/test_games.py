@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -18,10 +20,18 @@ from simulator import VectorPlayers
 from tests.test_faults import gone, training
 from tests.test_predictor import drain, make_feed, worth_a_quarter
 from tests.test_simulator import pids_of
-from tests.test_train_atari import command_line, processes, run
+from tests.test_train_atari import ROOT, command, command_line, processes, run
 from train_atari import main
 
 TINY = ("--network", "a3c", "--batch-size", 16, "--steps-per-epoch", 5, "--eval-episode", 2)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """An agent for any game of three actions."""
+    path = tmp_path / "agent.npz"
+    path.write_bytes(weights_file(Network("a3c", 3)))
+    return path
 
 
 def feed_of(game, **changes):
@@ -131,9 +141,7 @@ def test_every_start_and_every_rank_has_seeds_of_its_own(tmp_path, monkeypatch):
     assert len(of_ranks & first) == 2  # those of rank 0
 
 
-def test_a_recording_repeats_itself_too(tmp_path):
-    weights = tmp_path / "x.npz"
-    weights.write_bytes(weights_file(Network("a3c", 3)))
+def test_a_recording_repeats_itself_too(tmp_path, weights):
     args = ("--task", "gen_submit", "--env", "tests.games:GlobalLuck-v0", "--load", weights)
     results = []
     for name in ("a", "b"):
@@ -185,14 +193,15 @@ def test_fire_is_found_where_the_wrappers_have_put_it():
     inner.step = lambda action: calls.append(int(action)) or step(action)
     Player(reordered).reset(seed=0)
     assert calls == [1, 2]
+    sticky = {tuple(start_actions(make_env("tests.games:StickyBreakout-v0"))) for _ in range(8)}
+    assert sticky == {(1, 2)}  # it remembers actions, but not those that it was only asked about
     assert start_actions(make_env("tests.games:PongOfTwoActions-v0")) == []
     Player(make_env("tests.games:PongOfTwoActions-v0")).reset(seed=0)
 
 
 @pytest.mark.parametrize("reward", ["nan", "inf"])
-def test_a_reward_that_is_not_finite_is_named_at_once_in_every_task(tmp_path, reward):
-    weights, game = tmp_path / "x.npz", ("--env", "tests.games:NotFinite-v0")
-    weights.write_bytes(weights_file(Network("a3c", 3)))
+def test_a_reward_that_is_not_finite_is_named_at_once_in_every_task(tmp_path, weights, reward):
+    game = ("--env", "tests.games:NotFinite-v0")
     environment = os.environ | {"REWARD": reward}
     for task in (
         (*TINY, "--output", tmp_path / "run"),
@@ -204,6 +213,61 @@ def test_a_reward_that_is_not_finite_is_named_at_once_in_every_task(tmp_path, re
         assert done.returncode in (1, 2), task
         assert f"NotFinite-v0: the reward is {reward} in step 5" in done.stderr, task
         assert done.stderr.count("\n") == 1 and not re.search(r"mean +nan", done.stdout)
+
+
+def test_a_game_neither_takes_signals_nor_the_directory(tmp_path, weights):
+    game = ("--env", "tests.games:OwnSignals-v0")
+    process = subprocess.Popen(
+        command("--task", "eval", *game, "--load", weights, "--episode", 1_000_000),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert any("episodes" in line for line in process.stdout)  # it tells its progress
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert gone(processes(tmp_path))
+    finally:
+        process.kill()
+        process.communicate()
+    for task in (
+        ("--task", "eval", "--load", "agent.npz", "--episode", 2, "--output", "eval"),
+        ("--task", "play", "--load", "agent.npz", "--episode", 1, "--output", "play"),
+        ("--task", "gen_submit", "--load", "agent.npz", "--episode", 1),
+        (*TINY, "--max-epoch", 1, "--output", "run"),
+    ):
+        done = run(*game, *task, cwd=tmp_path)
+        assert done.returncode == 0, (task, done.stderr)
+    for path in ("eval/results.json", "play/episode000000.mp4", "output_dir/results.json"):
+        assert (tmp_path / path).exists()
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("task", ["eval", "play", "gen_submit"])
+@pytest.mark.parametrize(
+    "game, text", [("Exits", "SystemExit: 0"), ("Crash", "RuntimeError: the game broke")]
+)
+def test_a_game_that_fails_is_named(tmp_path, weights, task, game, text):
+    args = ("--task", task, "--env", f"tests.games:{game}-v0", "--load", weights)
+    done = run(*args, "--episode", 2, "--output", tmp_path / "out")
+    assert done.returncode == 1 and text in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_may_be_an_array_of_one():
+    (episode,) = score("tests.games:ArrayReward-v0", Network("a3c", 3), 1, seed=0, log=print)
+    assert episode.score == 20
+
+
+def test_simulators_find_the_modules_that_their_caller_finds(tmp_path, monkeypatch, weights):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "nobody_else_has.py").write_text("import tests.games\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    args = ("--task", "eval", "--env", "nobody_else_has:Rich-v0", "--load", weights)
+    done = run(*args, "--episode", 2)
+    assert done.returncode == 0, done.stderr
 
 
 def test_patience_is_for_one_reset_not_for_those_of_all_players(monkeypatch):
