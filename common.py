@@ -271,7 +271,10 @@ class Player:
         A lost life is not the end; the limit of steps is one like any other.
         """
         self.screen, reward, terminated, truncated, _ = self.env.step(action)
-        reward = float(np.asarray(reward).item())  # some games give an array of one
+        try:
+            reward = float(reward)
+        except TypeError:  # some games give an array of one
+            reward = float(np.asarray(reward).item())
         self.score += reward
         self.length += 1
         if not math.isfinite(reward) or not math.isfinite(self.score):
