@@ -198,7 +198,7 @@ SHIPPED = {
     "CrazyClimber": (4, 25_000),
     "KungFuMaster": (6, 5000),
     "Pong": (3, 0),
-    "Pong-ba3c": (2, 11),
+    "Pong-ba3c": (1, 11),
     "RoadRunner": (6, 5000),
 }
 

@@ -19,7 +19,8 @@ import torch
 from common import UserError
 from model import Batch, DivergedError, Learner, Network, load
 from tests.test_faults import gone
-from tests.test_train_atari import CATCH, GAME, ROOT, TINY, command, processes, run, talking
+from tests.test_train_atari import CATCH, GAME, ROOT, TINY, command, processes, talking
+from tests.test_train_atari import run_apart as run  # its ranks print by themselves
 from train_atari import Ranks, choose_devices, resumed_options, share_simulators
 
 

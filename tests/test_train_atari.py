@@ -41,16 +41,18 @@ def talking(*args):
     return [sys.executable, str(ROOT / "tests" / "often.py"), *map(str, args)]
 
 
-def run(*args, cwd=ROOT, **kwargs):
-    """What the program makes of these arguments: returncode, stdout, stderr.
+def run_apart(*args, cwd=ROOT, **kwargs):
+    """What the program makes of these arguments, as a process: returncode, stdout, stderr."""
+    how = {"cwd": cwd, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(command(*args), **how, **kwargs)
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
 
-    It runs in this process, without a second start of Python, unless that must be another one.
-    """
+
+def run(*args, cwd=ROOT, **kwargs):
+    """As run_apart, but in this process, without a second start of Python, where that will do."""
     if kwargs:
-        how = {"cwd": cwd, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
-        done = subprocess.run(command(*args), **how, **kwargs)
-        assert "Traceback" not in done.stdout + done.stderr
-        return done
+        return run_apart(*args, cwd=cwd, **kwargs)
     output, errors = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(cwd),
