@@ -75,7 +75,7 @@ HANG_SECONDS = 60.0  # a simulator whose game takes so long for one step or rese
 START_SECONDS = 300.0  # and one that starts
 STARTS_PER_CORE = 2  # simulators that start at the same time
 ATTEMPTS, ATTEMPT_SECONDS = 3, 60.0  # so many failures end the run if none has lived so long
-SHORT_LIVES, SHORT_LIFE = 20, 5.0  # and so many in a row that were killed within these seconds
+SHORT_LIVES, SHORT_LIFE = 20, 5.0  # and so many in a row that were killed so soon after they began
 LIKELY_CAUSE = (
     "is there too little memory? Fewer --simulator-proc or --players-per-simulator need less"
 )
@@ -224,10 +224,8 @@ def end_when_told(signum: int, frame) -> None:
     raise Ended
 
 
-def end_with_pool() -> None:
-    """End this simulator when its standard input closes, which its pool holds open."""
-    while os.read(0, 1024):
-        pass
+def end_this_simulator() -> None:
+    """Let this simulator end, from any of its threads."""
     signal.alarm(END_ALARM)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -319,7 +317,8 @@ def run_simulator(a: argparse.Namespace) -> None:
     was_told = False
     try:
         signal.signal(signal.SIGTERM, end_when_told)
-        threading.Thread(target=end_with_pool, daemon=True).start()
+        how = {"target": end_with_parent, "args": (end_this_simulator,), "daemon": True}
+        threading.Thread(**how).start()
         sys.stdout.reconfigure(line_buffering=True)
         code = run(a, lambda: simulate(a, players))
     except Ended:
@@ -327,10 +326,10 @@ def run_simulator(a: argparse.Namespace) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for player in players:
         close_env(player.env)
     if os.getpgrp() == os.getpid():  # what games have started and not ended
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(0, signal.SIGTERM)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -620,6 +619,18 @@ class Books:
         self.counts = [count + 1 for count in self.counts]
 
 
+def make_private_directory() -> tuple[str, int]:
+    """A directory that only its owner can enter, and an open file of it.
+
+    Its lock keeps `sweep` away until it is closed, or this process is killed.
+    """
+    path = tempfile.mkdtemp(prefix=PREFIX)  # mode 0700
+    lock = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks: nobody sweeps there
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return path, lock
+
+
 def sweep() -> None:
     """Remove the socket directories of runs that were killed: nobody holds their lock.
 
@@ -691,6 +702,7 @@ class Worker:
     identity: str
     process: subprocess.Popen
     started: float  # time.monotonic()
+    began: float | None = None  # to play: when its first message was noticed
     steps: int = 0  # its progress when it was looked at last
     stuck: float = 0.0  # seconds in which it was its turn, and it made no progress
 
@@ -712,8 +724,7 @@ class Pool:
             limit = f"ulimit -Hn is {hard}"
             raise UserError(f"{simulators} simulators need {need} open files; {limit}", 2)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, need), hard))
-        self.directory = tempfile.mkdtemp(prefix=PREFIX)  # mode 0700: nobody else connects
-        self.lock = os.open(self.directory, os.O_RDONLY)
+        self.directory, self.lock = make_private_directory()  # nobody else connects
         self.command = [sys.executable, os.path.abspath(__file__), f"--env={env_id}", *options]
         self.command += [f"--players={players}", f"--seed={seed}"]
         self.workers: list[Worker | None] = [None] * simulators  # None: to be started
@@ -723,8 +734,6 @@ class Pool:
         self.looked = self.looked_at_logs = time.monotonic()
         self.most_starting = STARTS_PER_CORE * count_cores()
         try:
-            with contextlib.suppress(OSError):  # a file system without locks: nobody sweeps there
-                fcntl.flock(self.lock, fcntl.LOCK_EX)
             self.progress = Progress(f"{self.directory}/progress", simulators)
         except BaseException:
             self.close()
@@ -809,6 +818,8 @@ class Pool:
         for index, worker in enumerate(self.workers):
             if worker is None:
                 continue
+            if worker.began is None and self.has_played(index):
+                worker.began = now
             code = worker.process.poll()
             if code is None and not self.hangs(index, worker, elapsed):
                 continue
@@ -841,16 +852,16 @@ class Pool:
         """Raise SimulatorError where it is of no use to start a simulator anew.
 
         One that has played and was killed from outside has not failed, unless that happens again
-        and again in its first seconds.
+        and again soon after it began to play, however long its start takes.
         """
-        lived = time.monotonic() - worker.started
-        played = self.has_played(index)
-        if played and lived >= ATTEMPT_SECONDS:
+        now, played = time.monotonic(), self.has_played(index)
+        if played and now - worker.started >= ATTEMPT_SECONDS:
             self.failures[index] = 0
         if played and code in KILLED:
-            self.short_lives[index] = self.short_lives[index] + 1 if lived < SHORT_LIFE else 0
+            is_short = worker.began is None or now - worker.began < SHORT_LIFE
+            self.short_lives[index] = self.short_lives[index] + 1 if is_short else 0
             if self.short_lives[index] >= SHORT_LIVES:
-                again = f"{SHORT_LIVES} times in a row, each within {SHORT_LIFE:.0f} seconds"
+                again = f"{SHORT_LIVES} times in a row, within {SHORT_LIFE:g} seconds of play"
                 raise SimulatorError(f"{how}; {again}: {LIKELY_CAUSE}", code)
         else:
             self.failures[index] += 1

@@ -43,7 +43,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,13 +68,13 @@ from common import (
     write_file,
 )
 from simulator import (
-    PREFIX,
     SIGNALS,
     SimulatorError,
     VectorPlayers,
     child_environment,
     end,
     end_with_parent,
+    make_private_directory,
     on_signals,
     stop,
     undisturbed,
@@ -252,8 +251,8 @@ def read_options(arguments: list[str] | None) -> dict:
     given = vars(parser.parse_args(arguments))
     for option in given:
         if given["task"] not in tasks_of(option):
-            flag, tasks = "--" + option.replace("_", "-"), listed(tasks_of(option))
-            raise UserError(f"{flag} is for --task {tasks}, not for --task {given['task']}", 2)
+            tasks = f"--task {listed(tasks_of(option))}"
+            raise UserError(f"{flag(option)} is for {tasks}, not for --task {given['task']}", 2)
     if "env" not in given and not given.get("load", "").endswith(".pt"):
         parser.error("--env is required")
     return given
@@ -269,7 +268,7 @@ def check_options(options: dict) -> None:
     if not is_pair or not all(isinstance(part, str) for part in listened):
         raise ValueError(f"it has listened at {listened!a}")
     options = {option: value for option, value in options.items() if option != "listened"}
-    flags = [f"--{option.replace('_', '-')}={value}" for option, value in options.items()]
+    flags = [f"{flag(option)}={value}" for option, value in options.items()]
     parser = make_parser()
     parser.error = refuse_value
     parsed = vars(parser.parse_args(flags))
@@ -678,15 +677,9 @@ def stay_on_this_machine() -> None:
 
 @contextlib.contextmanager
 def private_directory() -> Iterator[str]:
-    """A directory that only its owner can enter.
-
-    If this process is killed, the next start removes it, for nobody holds its lock any more.
-    """
-    path = tempfile.mkdtemp(prefix=PREFIX)
-    lock = os.open(path, os.O_RDONLY)
+    """A private directory, removed at the end; after a SIGKILL by the next start."""
+    path, lock = make_private_directory()
     try:
-        with contextlib.suppress(OSError):  # of a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
@@ -1586,7 +1579,7 @@ def run_task(arguments: list[str]) -> int:
     except RuntimeError as error:
         if type(error).__name__ not in GPU_ERRORS:
             raise
-        sentence, code = str(error).partition("\n")[0], 1
+        sentence, code = first_line(error), 1
     print(f"{PROGRAM}: {sentence}", file=sys.stderr)
     return code
 

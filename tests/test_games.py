@@ -331,6 +331,7 @@ def test_what_games_print_is_bounded_and_its_end_is_kept(monkeypatch):
 
 def test_a_simulator_that_is_killed_again_and_again_ends_the_run(monkeypatch):
     monkeypatch.setattr(simulator, "SHORT_LIVES", 4)
+    monkeypatch.setattr(simulator, "SHORT_LIFE", 0.25)  # its start takes longer, and counts not
     feed = feed_of("Doomed")
     try:
         with pytest.raises(UserError, match=r"4 times in a row.*is there too little memory"):
