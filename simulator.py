@@ -431,6 +431,7 @@ class Master:
         self.num_places, self.num_players = simulators, simulators * players
         self.peers: dict[bytes, Peer] = {}  # by identity
         self.replaced: set[bytes] = set()  # identities that were among them before
+        self.drained = 0.0  # when the socket was last seen to be empty
         self.joined = 0  # simulators that an open master has given a place
         self.dropped = 0  # messages that no simulator of this master can have sent
         self.arrived: list[Message] = []  # and not been handed out
@@ -476,6 +477,7 @@ class Master:
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
+                self.drained = time.monotonic()
                 break
             message = self.parse(parts)
             if message is not None:
@@ -731,7 +733,7 @@ class Pool:
         self.failures = [0] * simulators  # since one has lived long
         self.short_lives = [0] * simulators  # that were ended from outside, one after the other
         self.births = itertools.count()
-        self.looked = self.looked_at_logs = time.monotonic()
+        self.looked_before = self.looked = self.looked_at_logs = time.monotonic()
         self.most_starting = STARTS_PER_CORE * count_cores()
         try:
             self.progress = Progress(f"{self.directory}/progress", simulators)
@@ -795,9 +797,10 @@ class Pool:
         """Whether a simulator has sent something since it was started."""
         return bool(self.progress.counters[index, Progress.SENT])
 
-    def answers(self, index: int) -> int:
-        """How many answers a simulator has got since it was started."""
-        return int(self.progress.counters[index, Progress.RECEIVED])
+    def awaits_answer(self, index: int) -> bool:
+        """Whether a simulator waits for its actions: what it sends is answered elsewhere."""
+        _, sent, received = self.progress.counters[index].tolist()
+        return sent > received
 
     @property
     def connected(self) -> int:
@@ -813,7 +816,8 @@ class Pool:
         if now - self.looked < LOOK_SECONDS:
             return []
         # A process that was stopped for a while does not know whether the simulators were too.
-        elapsed, self.looked = min(1.0, now - self.looked), now
+        elapsed = min(1.0, now - self.looked)
+        self.looked_before, self.looked = self.looked, now
         events = []
         for index, worker in enumerate(self.workers):
             if worker is None:
@@ -840,13 +844,13 @@ class Pool:
 
     def hangs(self, index: int, worker: Worker, elapsed: float) -> bool:
         """Whether a simulator has made no progress for too long, though it is its turn."""
-        steps, sent, _ = self.progress.counters[index].tolist()
-        if sent > self.answers(index) or steps != worker.steps:
+        steps = int(self.progress.counters[index, Progress.STEPS])
+        if steps != worker.steps or self.awaits_answer(index):
             worker.stuck = 0.0
         else:
             worker.stuck += elapsed
         worker.steps = steps
-        return worker.stuck > (HANG_SECONDS if sent else START_SECONDS)
+        return worker.stuck > (HANG_SECONDS if self.has_played(index) else START_SECONDS)
 
     def count_failure(self, index: int, worker: Worker, code: int | None, how: str) -> None:
         """Raise SimulatorError where it is of no use to start a simulator anew.
@@ -970,10 +974,18 @@ class Fleet(Pool):
         master, place = self.seat(index)
         master.admit(identity.encode(), place)
 
-    def answers(self, index: int) -> int:
-        """How many answers were sent to a simulator, whether or not it has read them."""
-        peer = self.seat(index)[0].peers.get(self.workers[index].identity.encode())
-        return peer.answers if peer else 0
+    def awaits_answer(self, index: int) -> bool:
+        """Whether a simulator waits for its actions, by what its master knows.
+
+        A message that is still on its way is not lost unless the master has read all there is: a
+        simulator can be stopped after it has counted a message, and before that has left.
+        """
+        master, _ = self.seat(index)
+        peer = master.peers[self.workers[index].identity.encode()]
+        if not peer.must_play:
+            return True
+        is_on_its_way = self.progress.counters[index, Progress.SENT] > peer.answers
+        return bool(is_on_its_way) and master.drained < self.looked_before
 
     def check(self) -> list[str]:
         """As Pool.check; and start what is missing."""

@@ -23,7 +23,7 @@ import zmq
 
 import simulator
 from model import Network, WeightFileError, load, weights_file
-from simulator import FRAME_BYTES, Master
+from simulator import FRAME_BYTES, Master, Progress
 from tests.test_predictor import check_transitions, drain, make_feed, watch, worth_a_quarter
 from tests.test_simulator import running
 from tests.test_train_atari import (
@@ -310,6 +310,27 @@ def test_a_simulator_that_hangs_is_replaced(monkeypatch, groups):
         time.sleep(5)
         assert feed.check() == []
         drain(feed, 200)
+    finally:
+        feed.close()
+
+
+def test_a_simulator_that_is_stopped_while_it_sends_is_replaced(monkeypatch):
+    """It has counted the message, which does not leave: that is not to wait for an answer."""
+    monkeypatch.setattr(simulator, "HANG_SECONDS", 1.0)
+    feed = make_feed(worth_a_quarter())
+    try:
+        while feed.fleet.connected < 4:
+            drain(feed, 32)
+        pid = pid_of(feed.fleet, 1)
+        os.kill(pid, signal.SIGSTOP)
+        feed.fleet.progress.counters[1, Progress.SENT] += 1
+        events, deadline = [], time.monotonic() + 30
+        while not events:
+            assert time.monotonic() < deadline
+            events += feed.check()
+            feed.queue.get(timeout=0.1)
+        assert re.fullmatch(r"simulator 1 was silent for \d seconds", events[0])
+        assert gone([pid])
     finally:
         feed.close()
 
