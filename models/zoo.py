@@ -35,6 +35,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.2
 COLUMNS = 3  # of the figure
+RESULTS = ".results.json"  # behind the name of an agent
 OURS = ("env", "load", "output", "task", "max-epoch", "config")  # options that the zoo sets itself
 MILLIONS = {1: "1 M", 2: "2 M", 4: "3-4 M", 6: "5-6 M", 10: "10 M", 20: "20 M", 50: "50 M"}
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -293,7 +294,7 @@ def read_results(path: Path) -> dict:
 def ship(models: Path, agent: str, weights: bytes, results: dict) -> None:
     """Put an agent and its results into models/."""
     write(models / f"{agent}.npz", weights)
-    write(models / f"{agent}.results.json", f"{json.dumps(results, indent=1)}\n".encode())
+    write(models / f"{agent}{RESULTS}", f"{json.dumps(results, indent=1)}\n".encode())
 
 
 def evaluate(recipe: Recipe, a: argparse.Namespace) -> None:
@@ -310,7 +311,7 @@ def evaluate(recipe: Recipe, a: argparse.Namespace) -> None:
         weights = pack(read_weights(run.path / f"model-{kind}.npz"))
         path = run.path / "evaluation"
         results = score(run.agent, run.env, weights, path, recipe.episodes, recipe.seed)
-        mean, shipped = results["mean_reward"], a.models / f"{run.agent}.results.json"
+        mean, shipped = results["mean_reward"], a.models / f"{run.agent}{RESULTS}"
         if shipped.exists() and mean <= (old := read_results(shipped)["mean_reward"]):
             print(f"{run.agent}: {mean:,.2f} is not above {old:,.2f}: the shipped agent stays")
             continue
@@ -373,8 +374,8 @@ def shrink(a: argparse.Namespace) -> None:
 
 def read_agents(models: Path) -> dict[str, dict]:
     """The results of all agents in a directory, by their names."""
-    paths = sorted(models.glob("*.results.json"))
-    return {path.name.removesuffix(".results.json"): read_results(path) for path in paths}
+    names = sorted(path.name[: -len(RESULTS)] for path in models.glob(f"*{RESULTS}"))
+    return {name: read_results(models / f"{name}{RESULTS}") for name in names}
 
 
 def read_others(models: Path) -> dict[str, dict]:
@@ -466,6 +467,12 @@ def number(value: float | None) -> str:
     return f"{value:,.1f}" if abs(value) < 200 and value != int(value) else f"{value:,.0f}"
 
 
+def spread(mean: float, deviation: float) -> str:
+    """A mean score and the deviation of the episodes, with as many digits."""
+    digits = 1 if abs(mean) < 200 else 0
+    return f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
+
+
 def markdown(header: str, rows: list[list[str]], left: int = 1) -> str:
     """A table; the first `left` columns hold text, the others numbers."""
     count = header.count("|") - 1
@@ -477,45 +484,28 @@ def agents_table(models: Path) -> str:
     """The agents: what they learned from, and how they score."""
     others, rows = read_others(models), []
     for agent, result in read_agents(models).items():
-        game, facts = result["env_id"].rpartition(":")[2], result["agent"]
-        other = others.get(game, {})
-        rows.append(
-            [
-                agent,
-                f"`{facts.get('network', '')}`",
-                facts.get("machine", ""),
-                number(facts.get("states")),
-                str(facts.get("hours", "")),
-                f"{number(result['mean_reward'])} ± {number(result['std_reward'])}",
-                " ± ".join(number(value) for value in other.get("random", ())),
-                number(other.get("original")),
-            ]
-        )
+        facts = result["agent"]
+        other = others.get(result["env_id"], {})
+        row = [agent, f"`{facts.get('network', '')}`", facts.get("machine", "")]
+        row += [number(facts.get("states")), str(facts.get("hours", ""))]
+        row += [spread(result["mean_reward"], result["std_reward"])]
+        row += [spread(*other["random"]) if "random" in other else ""]
+        rows.append([*row, number(other.get("original"))])
     header = "| agent | network | trained on | states | hours | score | random | original |"
     return markdown(header, rows, 3)
 
 
-def results_table(models: Path) -> str:
-    """The evaluations, with what the table of agents has no room for."""
-    rows = []
-    for agent, result in read_agents(models).items():
-        low, high = number(result.get("min_reward")), number(result.get("max_reward"))
-        mean, deviation = number(result["mean_reward"]), number(result["std_reward"])
-        arrays = read_weights(models / f"{agent}.npz")
-        kind = next(iter(arrays.values())).dtype
-        facts = (result["agent"].get("weights", ""), str(kind), str(result.get("seed", "")))
-        rows.append([agent, *facts, f"{mean} ± {deviation}", low, high])
-    return markdown("| agent | weights | type | seed | score | lowest | highest |", rows, 3)
-
-
-def commands_table(models: Path) -> str:
-    """The commands that made each agent, as blocks of code."""
+def runs_table(models: Path) -> str:
+    """What was evaluated of each agent, and the commands that made it."""
     blocks = []
     for agent, result in read_agents(models).items():
-        facts = result["agent"]
-        remark = f" {facts['remark']}" if "remark" in facts else ""
+        facts, score = result["agent"], spread(result["mean_reward"], result["std_reward"])
+        kind = next(iter(read_weights(models / f"{agent}.npz").values())).dtype
+        low, high = number(result.get("min_reward")), number(result.get("max_reward"))
+        text = f"**{agent}**: {facts.get('weights')} as {kind}; {score}, from {low} to {high}, "
+        text += f"with `--seed {result.get('seed')}`. {facts.get('remark', '')}".strip()
         lines = "\n".join(facts.get("commands", []))
-        blocks.append(f"**{agent}.**{remark}\n\n```\n{lines}\n```")
+        blocks.append(f"{text}\n\n```\n{lines}\n```")
     return "\n\n".join(blocks)
 
 
@@ -543,7 +533,7 @@ def references_table(models: Path) -> str:
             ours[f"ours, `{'ba3c' if agent.endswith('-ba3c') else 'a3c'}`"] = {
                 str(millions): point[-1][1]
                 for millions, point in zip(MILLIONS, points, strict=True)
-                if point and point[-1][0] > 0.9e6 * millions
+                if point and point[-1][0] > 0.85e6 * millions
             }
         for name, scores in (ours | others).items() if ours else ():
             values = [number(scores.get(str(millions))) for millions in MILLIONS]
@@ -553,8 +543,7 @@ def references_table(models: Path) -> str:
 
 TABLES = {
     "agents": agents_table,
-    "results": results_table,
-    "commands": commands_table,
+    "runs": runs_table,
     "games": games_table,
     "references": references_table,
 }

@@ -37,7 +37,7 @@ env = "tests.games:Count-v0"
 states = 320
 options = { gamma = 0.9 }
 """
-README = "<!-- table: agents -->\nold\n<!-- end -->\n\n<!-- table: commands -->\n<!-- end -->\n"
+README = "<!-- table: agents -->\nold\n<!-- end -->\n\n<!-- table: runs -->\n<!-- end -->\n"
 
 
 def zoo(*args, code=0, cwd=ROOT):
