@@ -489,8 +489,8 @@ def agents_table(models: Path) -> str:
         row = [agent, f"`{facts.get('network', '')}`", facts.get("machine", "")]
         row += [number(facts.get("states")), str(facts.get("hours", ""))]
         row += [spread(result["mean_reward"], result["std_reward"])]
-        row += [spread(*other["random"]) if "random" in other else ""]
-        rows.append([*row, number(other.get("original"))])
+        row += [number(other.get("random", [None])[0]), number(other.get("original"))]
+        rows.append(row)
     header = "| agent | network | trained on | states | hours | score | random | original |"
     return markdown(header, rows, 3)
 
