@@ -3,7 +3,7 @@
 
     python models/zoo.py train --jobs 2    # a run for each game of recipe.toml, new or resumed
     python models/zoo.py evaluate          # score finished runs, ship what beats the shipped agent
-    python models/zoo.py shrink            # shipped float32 weights as float16, if scores agree
+    python models/zoo.py shrink            # shipped float32 weights as float16, if as good
     python models/zoo.py plot              # curve.png, from curves.json
     python models/zoo.py table             # the tables of both READMEs, between their markers
 
@@ -352,9 +352,9 @@ def merge_curve(path: Path, run: Run, epochs: list[dict]) -> None:
 
 
 def shrink(a: argparse.Namespace) -> None:
-    """Ship float16 weights for float32 ones where 100 episodes score the same.
+    """Ship float16 weights for float32 ones where 100 episodes score as well.
 
-    That is: the means differ by less than the standard error of their difference.
+    That is: the mean is not lower by more than the standard error of the difference.
     """
     for agent, old in read_agents(a.models).items():
         arrays = read_weights(a.models / f"{agent}.npz")
@@ -365,7 +365,7 @@ def shrink(a: argparse.Namespace) -> None:
         variances = [one["std_reward"] ** 2 / one["n_evaluation_episodes"] for one in (old, new)]
         error, change = math.sqrt(sum(variances)), new["mean_reward"] - old["mean_reward"]
         print(f"{agent}: {change:+,.2f} with float16, standard error {error:,.2f}")
-        if abs(change) < error:
+        if change > -error:
             ship(a.models, agent, weights, new | {"agent": old["agent"]})
 
 
