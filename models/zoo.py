@@ -356,7 +356,10 @@ def shrink(a: argparse.Namespace) -> None:
 
     That is: the mean is not lower by more than the standard error of the difference.
     """
-    for agent, old in read_agents(a.models).items():
+    agents = read_agents(a.models)
+    if not agents or not agents.keys() >= set(a.agent):
+        raise ZooError(f"{a.models} has only these agents: {', '.join(agents) or 'none'}", 2)
+    for agent, old in agents.items():
         arrays = read_weights(a.models / f"{agent}.npz")
         if agent not in (a.agent or [agent]) or all(x.itemsize == 2 for x in arrays.values()):
             continue

@@ -55,6 +55,16 @@ def write_recipe(path, text=RECIPE):
     return path
 
 
+def write_weights(path, seed=0):
+    """Weights of the a3c network for Catch, in float32."""
+    shapes = {"conv0/W": (8, 8, 12, 16), "conv1/W": (4, 4, 16, 32), "fc0/W": (2592, 256)}
+    shapes |= {"fc-pi/W": (256, 3), "fc-v/W": (256, 1)}
+    shapes |= {name.replace("W", "b"): shape[-1:] for name, shape in shapes.items()}
+    rng = np.random.default_rng(seed)
+    random = {name: 0.1 * rng.standard_normal(shape) for name, shape in shapes.items()}
+    np.savez(path, **{name: array.astype(np.float32) for name, array in random.items()})
+
+
 def children_of(directory):
     """Processes whose command line names a directory."""
     found = []
@@ -102,13 +112,8 @@ def test_a_better_agent_replaces_the_shipped_one(tmp_path):
     """Of a run's latest and mean weights, the better one in the final evaluation."""
     models, run = write_recipe(tmp_path / "models"), tmp_path / "runs" / "Catch-v0"
     run.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    shapes = {"conv0/W": (8, 8, 12, 16), "conv1/W": (4, 4, 16, 32), "fc0/W": (2592, 256)}
-    shapes |= {"fc-pi/W": (256, 3), "fc-v/W": (256, 1)}
-    shapes |= {name.replace("W", "b"): shape[-1:] for name, shape in shapes.items()}
-    for kind in ("latest", "mean"):
-        arrays = {name: 0.1 * rng.standard_normal(shape) for name, shape in shapes.items()}
-        np.savez(run / f"model-{kind}.npz", **{k: v.astype(np.float32) for k, v in arrays.items()})
+    for seed, kind in enumerate(("latest", "mean")):
+        write_weights(run / f"model-{kind}.npz", seed)
     epoch = {"epoch_num": 3, "global_step": 30, "mean_score": 1.0, "mean_model_score": 2.0}
     (run / "stats.json").write_text(json.dumps([epoch]))
     (run / "zoo.done").write_text("3\n")
@@ -118,6 +123,21 @@ def test_a_better_agent_replaces_the_shipped_one(tmp_path):
     assert "model-mean.npz" in said and "it is shipped" in said
     shipped, chosen = np.load(models / "Catch-v0.npz"), np.load(run / "model-mean.npz")
     assert (shipped["fc0/W"] == chosen["fc0/W"].astype(np.float16)).all()
+
+
+def test_float16_is_shipped_where_it_scores_as_well(tmp_path):
+    """And float32 stays where it does not; what float16 is already is not evaluated."""
+    models, env_id = write_recipe(tmp_path / "models"), "tests.games:Catch-v0"
+    results = {"env_id": env_id, "std_reward": 1.0, "n_evaluation_episodes": 100, "seed": 0}
+    for before, kind in ((99.0, np.float32), (-99.0, np.float16)):
+        write_weights(models / "Catch-v0.npz")
+        text = json.dumps(results | {"mean_reward": before, "agent": {"states": 7}})
+        (models / "Catch-v0.results.json").write_text(text)
+        zoo("shrink", "--models", models, "--runs", tmp_path / "runs")
+        assert np.load(models / "Catch-v0.npz")["fc0/W"].dtype == kind
+    shipped = json.loads((models / "Catch-v0.results.json").read_text())
+    assert len(shipped["episode_rewards"]) == 100 and shipped["agent"] == {"states": 7}
+    assert zoo("shrink", "--models", models, "--runs", tmp_path / "runs") == ""
 
 
 def test_what_was_interrupted_is_resumed(tmp_path):
@@ -183,6 +203,7 @@ def test_other_bad_input_is_one_sentence(tmp_path):
     assert "has no Chess-v0; it has Catch-v0" in zoo("train", "Chess-v0", *places, code=2)
     assert "--jobs must be 1 or more" in zoo("train", *places, "--jobs", 0, code=2)
     assert zoo("evaluate", *places).count("its run is not done") == 2
+    assert "has only these agents: none" in zoo("shrink", *places, code=2)
     readme = tmp_path / "README.md"
     assert "there is no README" in zoo("table", "--readme", readme, code=1)
     readme.write_text("nothing")
