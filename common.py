@@ -1,13 +1,14 @@
-"""Players, and what is done with them without training: playing, scoring, recording, submissions.
+"""Players, episodes, videos and submissions, and small helpers for processes and files.
 
-Nothing here imports torch: simulator processes must start fast and stay small. A network is only a
-function from states to policies.
+A player is a gymnasium environment as an agent sees it. Nothing here imports torch, because
+simulator processes must start fast and stay small, and nothing here knows of a network.
 """
 
 import contextlib
 import copy
 import datetime
 import difflib
+import fcntl
 import functools
 import json
 import math
@@ -18,10 +19,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import ale_py
@@ -30,14 +32,14 @@ import gymnasium
 import numpy as np
 
 IMAGE_SIZE = (84, 84)
-FRAME_HISTORY = 4
-FRAME_SHAPE = (*IMAGE_SIZE, 3)
-STATE_SHAPE = (FRAME_HISTORY, *FRAME_SHAPE)  # oldest frame first
+FRAME_SHAPE = (*IMAGE_SIZE, 3)  # what a player shows; model.FRAME_SHAPE is what a network takes
 MAX_EPISODE_STEPS = 10_000  # agent steps; ale-py itself sets no limit for the -v0 games
 RANDOM_ACTIONS = 0.01  # share of random actions in playing and evaluation
 CPU_LIMIT = "/sys/fs/cgroup/cpu.max"  # of a container: microseconds of all cores, in so many
 DEFAULT_FPS = 20  # agent steps per second of a game that says nothing
-UNMENDABLE = 2  # exit code of a program that would end in the same way again
+PERMANENT_FAILURE = 2  # exit code of a program that would end in the same way again
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that ask a program to end
+PREFIX = "batch-a3c-"  # of the names of private directories
 
 cv2.setNumThreads(1)  # the processes share the cores; a resize is too small to share
 gymnasium.register_envs(ale_py)
@@ -57,14 +59,14 @@ class UserError(Exception):
 
 
 def whole(text: str) -> int:
-    """A whole number from 0, of 32 bits."""
+    """A whole number from 0, of 32 bits; the type of a command-line option."""
     if not 0 <= int(text) < 2**32:
         raise ValueError
     return int(text)
 
 
 def count(text: str) -> int:
-    """A whole number from 1."""
+    """A whole number from 1; the type of a command-line option."""
     if whole(text) == 0:
         raise ValueError
     return int(text)
@@ -78,6 +80,210 @@ def count_cores() -> int:
         quota, period = map(int, file.read().split())
         cores = min(cores, max(1, -(-quota // period)))
     return cores
+
+
+# Signals and processes
+
+
+def in_main_thread() -> bool:
+    """Whether this thread may handle signals; elsewhere they are the caller's business."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def on_signals(handler: Callable, signals: Sequence[int] = SIGNALS) -> None:
+    """Let signals call `handler`, except SIGHUP where it is ignored, as under nohup."""
+    if not in_main_thread():
+        return
+    for signum in signals:
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
+
+
+def raise_stopped(signum: int, frame) -> None:
+    """Handle a signal that ends this program."""
+    raise Stopped(128 + signum)
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGHUP wait for the end of this block."""
+    if not in_main_thread():
+        yield
+        return
+    signals = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+    caught: list[int] = []
+    handlers = [signal.signal(s, lambda signum, frame: caught.append(signum)) for s in signals]
+    try:
+        yield
+    finally:
+        for signum, handler in zip(signals, handlers, strict=True):
+            signal.signal(signum, handler)
+        for signum in caught[:1]:
+            signal.raise_signal(signum)
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Handle signals at the end of this block as before it: a game may install handlers."""
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS if in_main_thread()}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            if handler is not None:  # None: a handler that is not Python's
+                signal.signal(signum, handler)
+
+
+def end_with_parent(end: Callable, *args) -> None:
+    """Wait until standard input is closed, then call `end(*args)`; runs in a thread of its own."""
+    while os.read(0, 1024):
+        pass
+    end(*args)
+
+
+def end_processes(processes: list[subprocess.Popen], seconds: float) -> None:
+    """Close the standard inputs of processes, and kill those that have not ended in time."""
+    for process in processes:
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            process.stdin.close()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.wait()
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a Python program that finds the same modules as this process."""
+    paths = [path or os.getcwd() for path in sys.path]
+    own = [path for path in paths if not path.startswith((sys.prefix, sys.base_prefix))]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(own)}
+
+
+class PrivateDirectory:
+    """A directory for sockets and logs that only its owner can enter.
+
+    `close` removes it. After a SIGKILL the next start does: a directory whose lock nobody holds is
+    a leftover.
+    """
+
+    def __init__(self):
+        remove_leftovers()
+        self.path = tempfile.mkdtemp(prefix=PREFIX)  # mode 0700
+        self.lock = os.open(self.path, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: nothing is removed there
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Remove the directory."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self.lock)
+
+
+def remove_leftovers() -> None:
+    """Remove the private directories of this user whose process was killed.
+
+    Anything else with such a name stays: a link, a pipe (opening one would wait for its other end),
+    and what belongs to another user.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+    parent, names = tempfile.gettempdir(), []
+    with contextlib.suppress(OSError):  # it may not be readable
+        names = [name for name in os.listdir(parent) if name.startswith(PREFIX)]
+    for name in names:
+        path = os.path.join(parent, name)
+        with contextlib.suppress(OSError):  # it belongs to somebody else, or is gone
+            directory = os.open(path, flags)
+            try:
+                found = os.stat(directory)
+                if found.st_uid != os.geteuid() or time.time() - found.st_mtime < 10:
+                    continue  # the second: its process has just made it, and not locked it yet
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(directory)
+
+
+# Files
+
+
+def hidden(path: str, suffix: str) -> str:
+    """Where a file is written until it is whole: beside `path`, where nobody looks for it."""
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name}.{suffix}")
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Write a file that replaces `path` once it is whole and on disk.
+
+    Raises OSError with a sentence if that fails; the old file is still there then.
+    """
+    temporary = hidden(path, "tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {path}: {error.strerror}") from error
+        raise
+
+
+@contextlib.contextmanager
+def output_directory(path: str | None) -> Iterator[None]:
+    """Make an output directory, or take an empty one; None: there is none.
+
+    If it is empty at the end of the block, what was made here is removed again, so that the same
+    command can be repeated. Raises UserError if the directory cannot be used.
+    """
+    if path is None:
+        yield
+        return
+    made, directory = [], os.path.abspath(path)
+    while not os.path.lexists(directory):
+        made.append(directory)
+        directory = os.path.dirname(directory)
+    try:
+        try:
+            os.makedirs(path, exist_ok=True)
+            if os.listdir(path):
+                raise UserError(f"{path} is not empty: name another --output", 2)
+            if not os.access(path, os.W_OK):
+                raise UserError(f"cannot write to {path}: it is read-only", 2)
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}", 2) from error
+        yield
+    finally:
+        for directory in made:  # the innermost first; one that is not empty stays
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+
+
+def number(value) -> str:
+    """A value as people read it: whole numbers whole, large ones never as a power of ten."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float) or not np.isfinite(value):
+        return str(value)
+    if value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return f"{value:.2f}" if abs(value) >= 10_000 else f"{value:.6g}"
+
+
+def table(rows: dict) -> str:
+    """Names and numbers, one pair a line."""
+    from tabulate import tabulate  # simulators do not need it
+
+    lines = [(name, number(value)) for name, value in rows.items()]
+    return tabulate(lines, disable_numparse=True, colalign=("left", "right"))
+
+
+# Games
 
 
 def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
@@ -112,20 +318,6 @@ def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
         env.close()
         raise UserError(f"{env_id} is no game with RGB frames and numbered actions", 2)
     return env
-
-
-@contextlib.contextmanager
-def signals_kept() -> Iterator[None]:
-    """Handle signals as before at the end: a game may have handlers of its own."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main_thread else ()
-    handlers = {signum: signal.getsignal(signum) for signum in signals}
-    try:
-        yield
-    finally:
-        for signum, handler in handlers.items():
-            if handler is not None:  # one that is not Python's
-                signal.signal(signum, handler)
 
 
 def close_env(env: gymnasium.Env) -> None:
@@ -236,41 +428,45 @@ def seed_games(seed: int) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
-class Player:
-    """One game being played, as the agent sees it: resized frames, episodes started and limited.
+class Player(gymnasium.Wrapper):
+    """A game as the agent sees it: resized frames, episodes that FIRE starts and a limit ends.
 
-    Frames are (84, 84, 3) uint8. Stacking them is the receiver's work.
+    Observations are (84, 84, 3) uint8; stacking four of them is the receiver's work.
     """
 
     def __init__(self, env: gymnasium.Env):
-        self.env = env
+        super().__init__(env)
+        self.observation_space = gymnasium.spaces.Box(0, 255, FRAME_SHAPE, np.uint8)
         self.max_steps = MAX_EPISODE_STEPS if is_originals(env) else math.inf
         self.num_actions = int(env.action_space.n)
         self.start_actions = start_actions(env)
         self.score = 0.0  # of this episode, as the game counts it
         self.length = 0  # agent steps of this episode
+        self.lives: int | None = None  # that are left, where the game tells
+        self.life_lost = False  # in the last step
         self.screen = np.empty(0)  # the newest frame, as the game gave it
 
-    def reset(self, seed: int | None = None) -> np.ndarray:
-        """Start an episode; returns its first frame.
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Start an episode; returns its first frame and what the game says beside it.
 
-        Some games wait for FIRE: see `start_actions`. What these actions earn is dropped.
+        Some games wait for FIRE: see `start_actions`. The rewards of these actions are dropped.
         """
-        self.score, self.length = 0.0, 0
-        frame, _ = self.env.reset(seed=seed)
+        self.score, self.length, self.life_lost = 0.0, 0, False
+        self.screen, info = self.env.reset(seed=seed, options=options)
         for action in self.start_actions:
-            frame, _, terminated, truncated, _ = self.env.step(action)
+            self.screen, _, terminated, truncated, info = self.env.step(action)
             if terminated or truncated:
-                frame, _ = self.env.reset()
-        self.screen = frame
-        return cv2.resize(frame, IMAGE_SIZE)
+                self.screen, info = self.env.reset()
+        self.lives = lives_in(info)
+        return cv2.resize(self.screen, IMAGE_SIZE), info
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool]:
-        """Take one action; returns the frame, the raw reward and whether the episode is over.
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Take one action; returns frame, raw reward, terminated, truncated and info.
 
-        A lost life is not the end; the limit of steps is one like any other.
+        A lost life does not end the episode. The limit of steps truncates it. UserError if the
+        reward or the score is not finite.
         """
-        self.screen, reward, terminated, truncated, _ = self.env.step(action)
+        self.screen, reward, terminated, truncated, info = self.env.step(action)
         try:
             reward = float(reward)
         except TypeError:  # some games give an array of one
@@ -280,9 +476,21 @@ class Player:
         if not math.isfinite(reward) or not math.isfinite(self.score):
             game = self.env.spec.id if self.env.spec else "the game"
             place = f"in step {self.length} of an episode"
-            raise UserError(f"{game}: the reward is {reward} {place}", UNMENDABLE)
-        is_over = terminated or truncated or self.length >= self.max_steps
-        return cv2.resize(self.screen, IMAGE_SIZE), reward, bool(is_over)
+            raise UserError(f"{game}: the reward is {reward} {place}", PERMANENT_FAILURE)
+        lives = lives_in(info)
+        self.life_lost = lives is not None and self.lives is not None and lives < self.lives
+        self.lives = lives
+        truncated = bool(truncated) or self.length >= self.max_steps
+        return cv2.resize(self.screen, IMAGE_SIZE), reward, bool(terminated), truncated, info
+
+
+def lives_in(info) -> int | None:
+    """The number of lives that a game says are left, or None if it says nothing of them."""
+    lives = info.get("lives") if isinstance(info, dict) else None
+    return int(lives) if isinstance(lives, (int, np.integer)) else None
+
+
+# Episodes, videos and submissions
 
 
 class Episode(NamedTuple):
@@ -306,99 +514,66 @@ def summary(episodes: list[Episode]) -> dict[str, float]:
     }
 
 
-def greedy_actions(policy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(n,) actions: the likeliest of each policy (n, A), one in a hundred at random."""
-    random = rng.random(len(policy)) < RANDOM_ACTIONS
-    return np.where(random, rng.integers(policy.shape[1], size=len(policy)), policy.argmax(axis=1))
-
-
-def evaluate(players, policy_of: Callable, episodes: int, seed: int, seconds: float) -> Iterator:
-    """Play exactly `episodes` episodes side by side; every one that starts counts.
-
-    Yields the list of those that are done, after every step. All players step together, so that the
-    network sees the same batches again and one seed gives the same scores. After half of `seconds`
-    no more episodes start; after all of them those under way are cut short and count as they are.
-
-    players: has `num_players` and `step(actions)`, which returns frames,
-    rewards and is_over and starts new episodes by itself; `step(None)` starts the first ones.
-    policy_of: states (n, 4, 84, 84, 3) uint8 -> policies (n, A).
-    """
-    start, rng = time.monotonic(), np.random.default_rng(seed)
-    n = players.num_players
-    started = min(n, episodes)
-    playing, fresh = np.arange(n) < started, np.ones(n, bool)
-    score, length = np.zeros((2, n))
-    states = np.zeros((n, *STATE_SHAPE), np.uint8)
-    done: list[Episode] = []
-    frames, rewards, is_over = players.step(None)
-    while playing.any():
-        states[:, :-1] = states[:, 1:]
-        states[fresh] = 0
-        states[:, -1] = frames
-        frames, rewards, is_over = players.step(greedy_actions(policy_of(states), rng))
-        score += rewards
-        length += 1
-        elapsed = time.monotonic() - start
-        for i in np.flatnonzero(playing & (is_over | (elapsed > seconds))):
-            done.append(Episode(float(score[i]), int(length[i]), bool(is_over[i])))
-            playing[i] = started < episodes and elapsed < seconds / 2
-            started += playing[i]
-        score[is_over], length[is_over] = 0, 0
-        fresh = is_over
-        yield done
-
-
 class Video:
-    """An .mp4 that browsers play, encoded frame by frame while it is recorded.
+    """An .mp4 that browsers play, encoded while it is recorded.
 
-    It takes its place when it is finished. OSError where that is not possible.
+    It gets its name when it is finished. Raises OSError if that is not possible.
     """
 
     def __init__(self, path: str, screen: np.ndarray, fps: float):
-        import imageio_ffmpeg  # brings an encoder along; simulators do without
+        import imageio_ffmpeg  # simulators do not need it
 
         self.path, self.partial = path, hidden(path, "partial.mp4")
-        self.in_place = False
-        size, even = f"{screen.shape[1]}x{screen.shape[0]}", "pad=ceil(iw/2)*2:ceil(ih/2)*2"
-        source = f"-f rawvideo -pix_fmt rgb24 -s {size} -r {fps:g} -i -"
-        target = f"-c:v libx264 -pix_fmt yuv420p -vf {even} -movflags +faststart"
-        program = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"]
-        # The encoder takes a name with a colon for a protocol, and one with a dash for an option.
-        command = [*program, *source.split(), *target.split(), f"file:{self.partial}"]
-        version = imageio_ffmpeg.get_ffmpeg_version()
-        self.encoder = {"backend": "ffmpeg", "version": version, "cmdline": command}
-        # A session of its own: Ctrl-C is for the playing process.
-        pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
-        self.process = subprocess.Popen(command, **pipes)
+        self.num_frames, self.is_finished = 0, False
+        height, width = screen.shape[:2]
+        options = {"fps": fps, "macro_block_size": 2, "ffmpeg_log_level": "quiet"}
+        self.encoder = {
+            "backend": "ffmpeg",
+            "version": imageio_ffmpeg.get_ffmpeg_version(),
+            "cmdline": ["imageio_ffmpeg.write_frames", f"{width}x{height}", json.dumps(options)],
+        }
+        # ffmpeg takes a name with a colon for a protocol, and one with a dash for an option.
+        self.frames = imageio_ffmpeg.write_frames(
+            f"file:{self.partial}",
+            (width, height),
+            output_params=["-movflags", "+faststart"],
+            **options,
+        )
+        self.frames.send(None)
 
     def write(self, screen: np.ndarray) -> None:
         """Add a frame (rows, columns, 3) uint8."""
         try:
-            self.process.stdin.write(np.ascontiguousarray(screen))
-        except BrokenPipeError:
-            self.finish()  # the encoder says why
+            self.frames.send(np.ascontiguousarray(screen))
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: the encoder has ended") from error
+        self.num_frames += 1
 
     def finish(self) -> None:
-        """Let the file take its place."""
-        _, words = self.process.communicate()
-        if self.process.returncode != 0:
-            code, lines = self.process.returncode, words.decode(errors="replace").splitlines()
-            reason = lines[0] if lines else f"the encoder ended with code {code}"
-            raise OSError(f"no video {self.path}: {reason}")
-        self.in_place = True  # before it is: an interrupt between the two must not leave a file
+        """Give the file its name."""
+        import imageio_ffmpeg
+
+        self.frames.close()
+        try:
+            encoded, _ = imageio_ffmpeg.count_frames_and_secs(f"file:{self.partial}")
+        except RuntimeError:  # it is no video: the disk is full, for example
+            encoded = 0
+        if encoded != self.num_frames:
+            what = f"it has {encoded} of {self.num_frames} frames"
+            raise OSError(f"cannot write {self.path}: {what}")
+        self.is_finished = True  # first: an interrupt between the two lines must not leave a file
         os.replace(self.partial, self.path)
 
     def drop(self) -> None:
         """End the encoder, and remove the file."""
-        self.process.kill()
-        self.process.communicate()
-        for path in (self.partial, self.path) if self.in_place else (self.partial,):
+        self.frames.close()
+        for path in (self.partial, self.path) if self.is_finished else (self.partial,):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
 
 class Recorder:
-    """A player of this process, as `evaluate` wants it, that records some of its episodes.
+    """A player of this process, as evaluations want one, that records some of its episodes.
 
     path_of: episode, counted from 0 -> path of its .mp4, or None. A video has one frame per agent
     step, what the game showed after it.
@@ -418,21 +593,23 @@ class Recorder:
         self.times = [time.time()]  # of the first reset, and of the end of each episode
 
     def step(self, actions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As VectorPlayers.step."""
+        """Act, (1,), or start (None): frames (1, 84, 84, 3), rewards (1,), is_over (1,)."""
         if actions is None:
             with failures_named(self.env_id):
-                return self.player.reset(seed=self.seed)[None], np.zeros(1), np.zeros(1, bool)
+                frame, _ = self.player.reset(seed=self.seed)
+            return frame[None], np.zeros(1), np.zeros(1, bool)
         episode = len(self.times) - 1
         path = self.path_of(episode)
         if path and self.player.length == 0:
             self.video = Video(path, self.player.screen, self.fps)
         with failures_named(self.env_id):
-            frame, reward, is_over = self.player.step(int(actions[0]))
+            frame, reward, terminated, truncated, _ = self.player.step(int(actions[0]))
         if self.video:
             self.video.write(self.player.screen)
+        is_over = terminated or truncated
         if is_over:
             with failures_named(self.env_id):
-                frame = self.player.reset()
+                frame, _ = self.player.reset()
             now = time.time()  # an interrupt here drops the episode
             if self.video:
                 self.video.finish()
@@ -444,29 +621,42 @@ class Recorder:
         """Drop what is not finished."""
         if self.video:
             self.video.drop()
-        close_env(self.player.env)
+        close_env(self.player)
 
 
 def results(env_id: str, episodes: list[Episode]) -> dict:
     """What results.json says of an evaluation: Hugging Face's keys, and every episode."""
-    s, now = summary(episodes), datetime.datetime.now(datetime.UTC)
-    result = {"env_id": env_id, "mean_reward": s["mean"], "std_reward": s["std"]}
-    result |= {"n_evaluation_episodes": len(episodes), "is_deterministic": False}
-    result |= {"eval_datetime": now.isoformat(), "min_reward": s["min"], "max_reward": s["max"]}
-    result["episode_rewards"] = [episode.score for episode in episodes]
-    return result | {"episode_lengths": [episode.length for episode in episodes]}
+    scores = summary(episodes)
+    return {
+        "env_id": env_id,
+        "mean_reward": scores["mean"],
+        "std_reward": scores["std"],
+        "n_evaluation_episodes": len(episodes),
+        "is_deterministic": False,
+        "eval_datetime": datetime.datetime.now(datetime.UTC).isoformat(),
+        "min_reward": scores["min"],
+        "max_reward": scores["max"],
+        "episode_rewards": [episode.score for episode in episodes],
+        "episode_lengths": [episode.length for episode in episodes],
+    }
 
 
 def model_card(result: dict, model: str) -> str:
     """README.md of a Hugging Face model repository; its front matter is JSON, a part of YAML."""
     env_id = result["env_id"]
     score = f"{result['mean_reward']:.2f} +/- {result['std_reward']:.2f}"
-    metric = {"type": "mean_reward", "value": score, "name": "mean_reward", "verified": False}
-    task = {"type": "reinforcement-learning", "name": "reinforcement-learning"}
-    evaluation = {"task": task, "dataset": {"name": env_id, "type": env_id}, "metrics": [metric]}
-    tags = [env_id, "deep-reinforcement-learning", "reinforcement-learning", "atari", "a3c"]
-    front = {"library_name": "pytorch", "tags": tags}
-    front["model-index"] = [{"name": "Batch-A3C", "results": [evaluation]}]
+    evaluation = {
+        "task": {"type": "reinforcement-learning", "name": "reinforcement-learning"},
+        "dataset": {"name": env_id, "type": env_id},
+        "metrics": [
+            {"type": "mean_reward", "value": score, "name": "mean_reward", "verified": False}
+        ],
+    }
+    front = {
+        "library_name": "pytorch",
+        "tags": [env_id, "deep-reinforcement-learning", "reinforcement-learning", "atari", "a3c"],
+        "model-index": [{"name": "Batch-A3C", "results": [evaluation]}],
+    }
     return f"""---
 {json.dumps(front, indent=2)}
 ---
@@ -481,123 +671,67 @@ episode that was recorded, `{model}` holds the weights with tensorpack's names a
 """
 
 
+def write_json(directory: str, name: str, content) -> None:
+    """Write a JSON file."""
+    write_file(os.path.join(directory, name), json.dumps(content, indent=1).encode())
+
+
 def write_submission(
-    directory, env_id, recorder, episodes, model: str, config: dict, weights: bytes | None = None
+    directory: str,
+    env_id: str,
+    recorder: Recorder,
+    episodes: list[Episode],
+    model: str,
+    config: dict,
+    weights: bytes | None = None,
 ) -> None:
-    """Write all that stands beside the videos in `directory`, as of the episodes so far.
+    """Write everything beside the videos in `directory`, as of the episodes so far.
 
     For gym, what its Monitor wrote; for Hugging Face, what its hub shows of an agent. The first
-    time it writes the `weights` too, into the file `model`.
+    time it writes the `weights` too, into the file `model`. Files come before those that name them.
     """
-
-    infix, videos, files = f"0.{os.getpid()}", [], {}
-    for episode, video in recorder.finished.items():
-        name = os.path.basename(video.path)
-        meta = {"episode_id": episode, "content_type": "video/mp4"}
-        meta["encoder_version"] = video.encoder
-        videos.append([name, name.replace(".mp4", ".meta.json")])
-        files[videos[-1][1]] = json.dumps(meta)
-    result, stats_name = results(env_id, episodes), f"openaigym.episode_batch.{infix}.stats.json"
-    stats = {"initial_reset_timestamp": recorder.times[0], "timestamps": recorder.times[1:]}
-    stats |= {"episode_lengths": result["episode_lengths"]}
-    stats |= {"episode_rewards": result["episode_rewards"], "episode_types": ["t"] * len(episodes)}
-    info = {"gym_version": gymnasium.__version__, "env_id": env_id}
-    manifest = {"stats": stats_name, "videos": videos, "env_info": info}
-    files |= {stats_name: json.dumps(stats), "results.json": json.dumps(result, indent=1)}
-    files[f"openaigym.manifest.{infix}.manifest.json"] = json.dumps(manifest)
-    files |= {"config.json": json.dumps(config, indent=1), "README.md": model_card(result, model)}
-    contents: dict = {name: text.encode() for name, text in files.items()}
+    if weights is not None and recorder.replay is None:
+        write_file(os.path.join(directory, model), weights)
     best = max(recorder.finished, key=lambda episode: episodes[episode].score)
     if best != recorder.replay:
-        contents["replay.mp4"] = recorder.finished[best].path
-    if weights is not None and recorder.replay is None:
-        contents[model] = weights
-    write_files({os.path.join(directory, name): content for name, content in contents.items()})
+        with open(recorder.finished[best].path, "rb") as video:
+            write_file(os.path.join(directory, "replay.mp4"), video.read())
+    result = results(env_id, episodes)
+    write_json(directory, "results.json", result)
+    write_json(directory, "config.json", config)
+    write_file(os.path.join(directory, "README.md"), model_card(result, model).encode())
+    write_monitor_files(directory, env_id, recorder, episodes)
     recorder.replay = best
 
 
-@contextlib.contextmanager
-def output_directory(path: str | None) -> Iterator[None]:
-    """Make an output directory, or take an empty one; None: there is none.
-
-    If nothing is in it at the end, whatever was made here is removed again, so that the same
-    command may be given once more. UserError where the directory cannot be used.
-    """
-    if path is None:
-        yield
-        return
-    made, directory = [], os.path.abspath(path)
-    while not os.path.lexists(directory):
-        made.append(directory)
-        directory = os.path.dirname(directory)
-    try:
-        try:
-            os.makedirs(path, exist_ok=True)
-            if os.listdir(path):
-                raise UserError(f"{path} is not empty: name another --output", 2)
-            if not os.access(path, os.W_OK):
-                raise UserError(f"cannot write to {path}: it is read-only", 2)
-        except OSError as error:
-            raise UserError(f"cannot write to {path}: {error.strerror}", 2) from error
-        yield
-    finally:
-        for directory in made:  # the innermost first; one that is not empty stays
-            with contextlib.suppress(OSError):
-                os.rmdir(directory)
-
-
-def number(value) -> str:
-    """A value as people read it: never as a power of ten where that is large, whole ones whole."""
-    if value is None:
-        return "-"
-    if not isinstance(value, float) or not np.isfinite(value):
-        return str(value)
-    if value.is_integer() and abs(value) < 2**53:
-        return str(int(value))
-    return f"{value:.2f}" if abs(value) >= 10_000 else f"{value:.6g}"
-
-
-def table(rows: dict) -> str:
-    """Names and numbers, one pair a line."""
-    from tabulate import tabulate  # simulators do without
-
-    lines = [(name, number(value)) for name, value in rows.items()]
-    return tabulate(lines, disable_numparse=True, colalign=("left", "right"))
-
-
-def hidden(path: str, suffix: str) -> str:
-    """Where a file is written until it is whole: beside `path`, where nobody looks for it."""
-    directory, name = os.path.split(path)
-    return os.path.join(directory, f".{name}.{suffix}")
-
-
-def write_file(path: str, content: bytes) -> None:
-    """Write a file that takes the place of `path` when it is whole and on disk; see write_files."""
-    write_files({path: content})
-
-
-def write_files(contents: dict[str, bytes | str]) -> None:
-    """Write files that take their places when all of them are whole and on disk.
-
-    contents: of each path; a str is the path of a file to copy. OSError with a sentence where that
-    is not possible; before all are on disk every file stays as it was.
-    """
-    try:
-        for path, content in contents.items():
-            with open(hidden(path, "tmp"), "wb") as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                else:
-                    with open(content, "rb") as source:
-                        shutil.copyfileobj(source, file)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in contents:
-            os.replace(hidden(path, "tmp"), path)
-    except BaseException as error:
-        for each in contents:
-            with contextlib.suppress(OSError):
-                os.unlink(hidden(each, "tmp"))
-        if isinstance(error, OSError):
-            raise OSError(f"cannot write {path}: {error.strerror}") from error
-        raise
+def write_monitor_files(
+    directory: str, env_id: str, recorder: Recorder, episodes: list[Episode]
+) -> None:
+    """Write what gym's Monitor wrote beside its videos: metadata, statistics, and the manifest."""
+    infix = f"0.{os.getpid()}"
+    videos = []
+    for episode, video in recorder.finished.items():
+        name = os.path.basename(video.path)
+        meta_name = name.replace(".mp4", ".meta.json")
+        videos.append([name, meta_name])
+        meta = {
+            "episode_id": episode,
+            "content_type": "video/mp4",
+            "encoder_version": video.encoder,
+        }
+        write_json(directory, meta_name, meta)
+    stats_name = f"openaigym.episode_batch.{infix}.stats.json"
+    stats = {
+        "initial_reset_timestamp": recorder.times[0],
+        "timestamps": recorder.times[1:],
+        "episode_lengths": [episode.length for episode in episodes],
+        "episode_rewards": [episode.score for episode in episodes],
+        "episode_types": ["t"] * len(episodes),
+    }
+    write_json(directory, stats_name, stats)
+    manifest = {
+        "stats": stats_name,
+        "videos": videos,
+        "env_info": {"gym_version": gymnasium.__version__, "env_id": env_id},
+    }
+    write_json(directory, f"openaigym.manifest.{infix}.manifest.json", manifest)

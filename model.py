@@ -32,11 +32,11 @@ STATE_SHAPE = (FRAME_HISTORY, *FRAME_SHAPE)  # oldest frame first
 LOSSES = ("policy_loss", "xentropy_loss", "value_loss", "cost")
 METRICS = (*LOSSES, "importance", "rms_advantage", "predict_reward", "grad_norm")
 # On a CPU a batch is cut into parts of at most so many states, one thread each: their activations
-# stay in the caches, and threads that never wait for each other lose least to the busy players.
-# Many parts end closer together, few repeat less: measured on two cores (22 makes six of a batch).
-CPU_PART = {"ba3c": 22, "a3c": 64, "bfloat16": 64}  # the last one of either network
-CAPTURE = threading.Lock()  # CUDA graphs are made one after the other,
-warm_up_stream = functools.cache(torch.cuda.Stream)  # here first, for a stream keeps some memory
+# stay in the caches, and no thread waits for another. More parts balance the threads, fewer repeat
+# less work. Measured on two cores, where 22 makes six parts of a batch.
+CPU_PART = {"ba3c": 22, "a3c": 64, "bfloat16": 64}  # "bfloat16" is for either network
+CAPTURE = threading.Lock()  # CUDA graphs are made one after the other
+warm_up_stream = functools.cache(torch.cuda.Stream)  # one for all graphs: a stream keeps memory
 
 
 class WeightFileError(OSError):
@@ -60,18 +60,6 @@ def collective() -> Iterator[None]:
         # gloo: `[/path/to/pair.cc:537] What happened. This is typically caused by a remote ...`
         text = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])
         raise RanksError(text.partition(". This is typically")[0]) from error
-
-
-def broadcast_bytes(content: bytes, device: torch.device) -> bytes:
-    """The `content` of rank 0, on every rank; what the others pass in is ignored."""
-    size = torch.tensor(len(content), device=device)
-    with collective():
-        distributed.broadcast(size, 0)
-        buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
-        if distributed.get_rank() == 0:
-            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        distributed.broadcast(buffer, 0)
-        return buffer.cpu().numpy().tobytes()
 
 
 class Network(nn.Module):
@@ -114,7 +102,7 @@ class Network(nn.Module):
             filters -= filters.mean((2, 3), keepdim=True)
 
     def first_layer(self, state: torch.Tensor, interleave: bool) -> torch.Tensor:
-        """The first convolution of states, by one of two ways to the same result.
+        """The first convolution of states, as conv2d or as conv3d; the results agree.
 
         With `interleave` the frames of a state become its channels, as the weights have them, which
         is cheap on a GPU and in bfloat16. Without, time is one more dimension of the convolution.
@@ -147,7 +135,7 @@ class Network(nn.Module):
 
 
 def in_bfloat16(network: Network) -> Network:
-    """A copy that computes in bfloat16, but for its heads, so that their results are not rounded.
+    """A copy that computes in bfloat16, except for its heads: their results are not rounded.
 
     A CPU with AMX multiplies such matrices several times faster.
     """
@@ -165,7 +153,7 @@ class Batch(NamedTuple):
     newest: torch.Tensor  # (B,) int64, of each state the index of its last frame
     actions: torch.Tensor  # (B,) int64
     action_probs: torch.Tensor  # (B,) float32, when the action was chosen
-    future_rewards: torch.Tensor  # (B,) float32, the n-step returns
+    future_rewards: torch.Tensor  # (B,) float32, the returns
 
     @classmethod
     def empty(cls, size: int, **how) -> "Batch":
@@ -256,10 +244,20 @@ class Learner:
     With `center_filters` the mean of a filter over rows and columns never changes. Pixels are not
     negative and most of them are background, so that otherwise the many small steps of a filter's
     weights add up to a large one of its output, in all states at once, until it is below zero.
+
+    `mean_network` has the running mean of the weights over about the last `mean_iterations`
+    iterations: the mean of all of them until there are so many, later an exponential one.
     """
 
     def __init__(
-        self, network, device, adam_epsilon, threads, center_filters=False, bfloat16=False
+        self,
+        network: Network,
+        device: torch.device,
+        adam_epsilon: float,
+        threads: int,
+        center_filters: bool = False,
+        bfloat16: bool = False,
+        mean_iterations: int = 1000,
     ):
         self.network = network.to(device)
         self.device = device
@@ -267,8 +265,11 @@ class Learner:
         self.updates, self.threads = 0, threads
         self.ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         self.parameters = list(network.parameters())
-        # Gradients are those of this one, which follows the other where it is a copy.
-        self.worker = in_bfloat16(network) if bfloat16 else network
+        self.mean_iterations = mean_iterations
+        self.mean_network = copy.deepcopy(network).requires_grad_(False)
+        # Gradients are computed on this one: the network itself, or a copy of it in bfloat16 that
+        # `gradients` keeps up to date.
+        self.compute_network = in_bfloat16(network) if bfloat16 else network
         self.centered = network.filters() if center_filters else []
         self.optimizer = torch.optim.Adam(self.parameters, fused=True)
         self.cuda = device.type == "cuda"
@@ -276,7 +277,7 @@ class Learner:
         if self.cuda:
             torch.set_float32_matmul_precision("high")  # TF32; convolutions use it by default
             self.copied = torch.cuda.Event()
-            self.memory: Batch | None = None  # of the batch on the GPU, where a graph reads it
+            self.static_batch: Batch | None = None  # on the GPU, where a graph reads it
             self.entropy_beta = torch.zeros((), device=device)
         # Each thread for itself: a team of threads would wait for members that have no core.
         torch.set_num_threads(1)
@@ -303,7 +304,7 @@ class Learner:
         group["lr"] = learning_rate
         group["eps"] = self.adam_epsilon / (1 - group["betas"][1] ** self.updates) ** 0.5
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient.dim() == 4:  # as the weights lie: the fused optimizer goes through memory
+            if gradient.dim() == 4:  # the fused optimizer ignores strides: they must be the same
                 gradient = gradient.contiguous(memory_format=torch.channels_last)
             parameter.grad = gradient
         means = [filters.mean((2, 3), keepdim=True) for filters in self.centered]
@@ -311,9 +312,12 @@ class Learner:
         for filters, mean in zip(self.centered, means, strict=True):
             filters += mean - filters.mean((2, 3), keepdim=True)
         self.optimizer.zero_grad()
+        with torch.no_grad():
+            share = 1 / min(self.updates, self.mean_iterations)
+            torch._foreach_lerp_(list(self.mean_network.parameters()), self.parameters, share)
         importance, squared_advantage, value = terms[3:] / batch_size
         cost = cost_of(terms, entropy_beta, batch_size)
-        if self.cuda:  # the caller's memory may be filled anew from now on
+        if self.cuda:  # from now on the queue may reuse the memory of the batch
             self.copied.synchronize()
         scalars = torch.stack((cost, importance, squared_advantage.sqrt(), value, norm))
         return torch.cat((terms[:3], scalars, extra))
@@ -343,45 +347,60 @@ class Learner:
             return run
         file = io.BytesIO()
         torch.save({"learner": self.state_dict(), "run": run}, file)
-        content = io.BytesIO(broadcast_bytes(file.getvalue(), self.device))
-        state = torch.load(content, map_location="cpu", weights_only=True)
+        content = [file.getvalue()]
+        with collective():
+            distributed.broadcast_object_list(content, 0, device=self.device)
+        state = torch.load(io.BytesIO(content[0]), map_location="cpu", weights_only=True)
         self.load_state_dict(state["learner"])
         return state["run"]
 
     def gradients(self, batch: Batch, entropy_beta: float) -> tuple[torch.Tensor, list]:
         """Loss terms (6,) and the gradient of the cost for each parameter, before clipping.
 
-        On a GPU they lie in memory that the next call writes anew.
+        On a GPU they lie in memory that the next call overwrites.
         """
-        size, weights = len(batch.actions), list(self.worker.parameters())
-        if self.worker is not self.network:
+        if self.compute_network is not self.network:
             with torch.no_grad():
-                torch._foreach_copy_(weights, self.parameters)
-
-        def part_gradients(part: Batch) -> tuple[torch.Tensor, list]:
-            terms = loss_terms(*self.worker(part.states()), part)
-            cost = cost_of(terms, self.entropy_beta if self.cuda else entropy_beta, size)
-            return terms.detach(), [g.float() for g in torch.autograd.grad(cost, weights)]
-
+                torch._foreach_copy_(list(self.compute_network.parameters()), self.parameters)
         if self.cuda:
-            new = self.memory is None or len(self.memory.actions) != size
-            if new:
-                self.memory = Batch.empty(size, device=self.device)
-            for memory, column in zip(self.memory, batch, strict=True):
-                memory[: len(column)].copy_(column, non_blocking=True)
-            self.copied.record()
-            self.entropy_beta.fill_(entropy_beta)
-            if new:
-                self.replay = captured(lambda: part_gradients(self.memory))
-                gradients = self.replay()[1]
-                self.clip = captured(lambda: clip_gradients(gradients))
-            return self.replay()
-        share = -(-size // self.threads)
-        kind = self.network.kind if self.worker is self.network else "bfloat16"
-        part = min(CPU_PART[kind], max(8, share))
-        results = list(self.pool.map(part_gradients, batch.split(part)))
-        columns = zip(*(gradients for _, gradients in results), strict=True)
-        return sum(terms for terms, _ in results), [sum(parts[1:], parts[0]) for parts in columns]
+            return self.gradients_on_gpu(batch, entropy_beta)
+        return self.gradients_on_cpu(batch, entropy_beta)
+
+    def gradients_of(self, batch: Batch, entropy_beta, batch_size: int) -> tuple:
+        """As `gradients`, for a part of a batch of `batch_size` states."""
+        terms = loss_terms(*self.compute_network(batch.states()), batch)
+        cost = cost_of(terms, entropy_beta, batch_size)
+        gradients = torch.autograd.grad(cost, list(self.compute_network.parameters()))
+        return terms.detach(), [gradient.float() for gradient in gradients]
+
+    def gradients_on_cpu(self, batch: Batch, entropy_beta: float) -> tuple:
+        """In parts, a thread each."""
+        size = len(batch.actions)
+        kind = self.network.kind if self.compute_network is self.network else "bfloat16"
+        part_size = min(CPU_PART[kind], max(8, -(-size // self.threads)))
+        parts = batch.split(part_size)
+        results = self.pool.map(lambda part: self.gradients_of(part, entropy_beta, size), parts)
+        terms, gradients = zip(*results, strict=True)
+        columns = zip(*gradients, strict=True)
+        return sum(terms), [sum(column[1:], column[0]) for column in columns]
+
+    def gradients_on_gpu(self, batch: Batch, entropy_beta: float) -> tuple:
+        """In one CUDA graph, which is made for the first batch of a size."""
+        size = len(batch.actions)
+        is_new = self.static_batch is None or len(self.static_batch.actions) != size
+        if is_new:
+            self.static_batch = Batch.empty(size, device=self.device)
+        for static, column in zip(self.static_batch, batch, strict=True):
+            static[: len(column)].copy_(column, non_blocking=True)
+        self.copied.record()
+        self.entropy_beta.fill_(entropy_beta)
+        if is_new:
+            self.replay = captured(
+                lambda: self.gradients_of(self.static_batch, self.entropy_beta, size)
+            )
+            gradients = self.replay()[1]
+            self.clip = captured(lambda: clip_gradients(gradients))
+        return self.replay()
 
     def measure(self, size: int) -> float:
         """States per second of gradients, from two batches of this size; the first warms up."""
@@ -395,16 +414,23 @@ class Learner:
 
     def state_dict(self) -> dict:
         """Everything an update depends on."""
-        network = self.network
-        state = {"kind": network.kind, "num_actions": network.num_actions, "updates": self.updates}
-        return state | {"network": network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "kind": self.network.kind,
+            "num_actions": self.network.num_actions,
+            "updates": self.updates,
+            "network": self.network.state_dict(),
+            "mean": self.mean_network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on as the learner whose `state_dict` this was.
+        """Continue as the learner whose `state_dict` this was.
 
-        The optimizer's settings stay: those of this program, of which `update` sets the rest.
+        Those of earlier versions have no mean. The optimizer's settings stay: those of this
+        program, of which `update` sets the rest.
         """
         self.network.load_state_dict(state["network"])
+        self.mean_network.load_state_dict(state.get("mean", state["network"]))
         moments = {"state": state["optimizer"]["state"]}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | moments)
         self.updates = state["updates"]
@@ -437,9 +463,14 @@ def weights_file(network: Network) -> bytes:
 
 def checkpoint_file(learner: Learner, run: dict) -> bytes:
     """A checkpoint: the learner, torch's random state, and what `run` says of the rest."""
-    state = {"format": CHECKPOINT_FORMAT, "learner": learner.state_dict()}
+    state = {
+        "format": CHECKPOINT_FORMAT,
+        "learner": learner.state_dict(),
+        "rng": torch.get_rng_state(),
+        **run,
+    }
     file = io.BytesIO()  # on a full disk torch's own writer raises no OSError
-    torch.save(state | {"rng": torch.get_rng_state()} | run, file)
+    torch.save(state, file)
     return file.getvalue()
 
 
@@ -508,12 +539,14 @@ def read_checkpoint(checkpoint: dict) -> Network:
     if not 0 <= item(learner, "updates", int) < MAX_UPDATES:
         raise ValueError(f"it has {learner['updates']} updates")
     network = Network(kind, num_actions)
-    parameters, weights = dict(network.named_parameters()), item(learner, "network", dict)
-    for name, parameter in parameters.items():
-        check_tensor(name, item(weights, name, torch.Tensor), parameter)
-    if len(weights) > len(parameters):
-        raise ValueError("it has variables that its network has not")
-    network.load_state_dict(weights)
+    parameters = dict(network.named_parameters())
+    for key in ("mean", "network") if "mean" in learner else ("network",):
+        weights = item(learner, key, dict)
+        for name, parameter in parameters.items():
+            check_tensor(name, item(weights, name, torch.Tensor), parameter)
+        if len(weights) > len(parameters):
+            raise ValueError("it has variables that its network has not")
+    network.load_state_dict(learner["network"])
     moments = item(item(learner, "optimizer", dict), "state", dict)
     # Before its first update an optimizer holds nothing.
     if set(moments) != (set(range(len(parameters))) if learner["updates"] else set()):

@@ -6,23 +6,25 @@
                      --players-per-simulator 4 --predict-batch-size 64 \\
                      --predictor-thread-per-gpu 1    (with 16 cores)
   on a CPU:      ./train_atari.py --env Breakout-v0 --network a3c
-  go on:         ./train_atari.py --load train_log/train-atari-Breakout-v0/checkpoint.pt
+  resume:        ./train_atari.py --load train_log/train-atari-Breakout-v0/checkpoint.pt
   watch a model: ./train_atari.py --task play --env Breakout-v0 --load Breakout-v0.npz
   score a model: ./train_atari.py --task eval --env Breakout-v0 --load Breakout-v0.npz --episode 100
   submit it:     ./train_atari.py --task gen_submit --env Breakout-v0 --load Breakout-v0.npz \\
                      --output output_dir
 
-play without a display: --output DIR writes videos instead.
+play without a display: --output DIR writes videos instead. Without --load, play, eval and
+gen_submit take the agent of the game in models/. The default --output of a run is
+train_log/train-atari-ENV, of a submission output_dir; eval writes results.json if it is given.
 
 A directory that already holds a run is refused, unless --load names its own checkpoint.pt: then
-that run goes on there, with its options but for those given anew. A copy of a checkpoint begins a
+that run is resumed there, with its options except those given anew. A copy of a checkpoint starts a
 run elsewhere.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 (Ctrl-C) and 143 (SIGTERM) stopped after saving.
 Even with --seed a training run cannot be repeated to the bit: in which order players are served
 depends on the load of the machine.
 """
 
-# ruff: noqa: E402 - Ctrl-C is looked after before anything else
+# ruff: noqa: E402 - Ctrl-C is handled before anything else
 import os
 import signal
 
@@ -32,6 +34,7 @@ if __name__ == "__main__" and INTERRUPTIBLE:  # while the imports below take the
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import errno
 import fcntl
@@ -39,7 +42,6 @@ import json
 import math
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -47,9 +49,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import cv2
+import gymnasium
 import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
@@ -57,42 +61,45 @@ from tqdm import tqdm
 import common
 from common import (
     FRAME_SHAPE,
-    STATE_SHAPE,
+    SIGNALS,
+    PrivateDirectory,
     Recorder,
     UserError,
+    child_environment,
     count,
     count_cores,
     describe,
+    end_processes,
+    end_with_parent,
+    on_signals,
+    raise_stopped,
+    signals_deferred,
     summary,
     whole,
     write_file,
 )
-from simulator import (
-    SIGNALS,
-    SimulatorError,
-    VectorPlayers,
-    child_environment,
-    end,
-    end_with_parent,
-    make_private_directory,
-    on_signals,
-    stop,
-    undisturbed,
-)
 
-# torch and the rooms that need it are imported where they are used: --help does not wait for them.
+# torch, and the modules that need it, are imported where they are used: --help does not wait.
 
 PROGRAM = os.path.basename(__file__)
+MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")
+
+# Training
 EVAL_EPOCH = 3  # epochs from one evaluation to the next
+EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
+CHECKPOINT_SECONDS = 300
+LOG_SECONDS = 10
+SAME_SIGNAL_SECONDS = 0.5  # a second signal within this time is the first one once more
+FORCED_END_SECONDS = 5.0  # until threads that hang in native code are left behind
+
+# Defaults on a CPU
 CPU_PREDICTORS = 4  # at most, one per two cores: Python runs one thread at a time
 CPU_BATCH = 24  # two messages of twelve players, on two cores
 CPU_PLAYERS = 48  # in all: in two processes per core, so that one plays while the other waits
-EVAL_SHARE = 0.2  # of the time of a run, at most, is spent in evaluation
-CHECKPOINT_SECONDS = 300
-SAME_SIGNAL_SECONDS = 0.5  # a second signal within this time is the first one once more
-LOG_SECONDS = 10
-FORCED_END_SECONDS = 5.0  # until threads that hang in native code are left behind
-CHECK_STEPS = 100  # iterations after which several ranks compare their weights
+SIMULATOR_BYTES, PLAYER_BYTES = 35e6, 1.5e6  # measured with Breakout, without what they share
+
+# Ranks
+CHECK_STEPS = 100  # iterations after which they compare their weights
 JOIN_SECONDS = 300.0  # how long a rank waits for the others at its start
 JOIN_LOG_SECONDS = 5.0  # after so long it says for which ones
 # A collective waits for simulators of other ranks, which may need START_SECONDS three times.
@@ -101,13 +108,20 @@ EVALUATION_SECONDS = 86400.0  # how long the other ranks wait while rank 0 evalu
 REASON_SECONDS = 1.0  # how long rank 0 waits for word of why another rank has ended
 RANK_END_SECONDS = 5.0  # how long rank 0 has to save if all ranks are told to end
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
-SIMULATOR_BYTES, PLAYER_BYTES = 35e6, 1.5e6  # measured with Breakout, without what they share
 
-EVALUATED = ("mean_score", "max_score", "eval_episodes")  # metrics of an evaluation
-RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-best.npz")
+RUN_FILES = (
+    "checkpoint.pt",
+    "stats.json",
+    "model-latest.npz",
+    "model-mean.npz",
+    "model-best.npz",
+)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that know none
 GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, for what a program cannot help
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "pyzmq", "msgpack")
+
+
+# The command line
 
 
 def positive(text: str) -> float:
@@ -117,27 +131,16 @@ def positive(text: str) -> float:
     return float(text)
 
 
+def fraction(text: str) -> float:
+    """A number above 0, 1 at most."""
+    if not 0 < float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 def switch(text: str) -> int:
     """0 or 1."""
     return ("0", "1").index(text)
-
-
-def in_environment(name: str, default: int) -> int:
-    """A number that torchrun or `launch` has left for a rank: from 1 if the default is."""
-    try:
-        return (count if default else whole)(os.environ.get(name, str(default)))
-    except ValueError as error:
-        text = f"{name} is {os.environ[name]!r} in the environment, which is no such number"
-        raise UserError(text, 2) from error
-
-
-def scheduled(text: str, epoch: int) -> float:
-    """The value of a schedule, `VALUE,EPOCH:VALUE,...`, in `epoch`, counted from 1."""
-    steps = [step.split(":") for step in ("1:" + text).split(",")]
-    values = sorted((count(first), float(value)) for first, value in steps)
-    if not all(0 <= value < math.inf for _, value in values):
-        raise ValueError
-    return [value for first, value in values if epoch >= first][-1]
 
 
 def name(text: str) -> str:
@@ -153,57 +156,84 @@ def schedule(text: str) -> str:
     return text
 
 
+def scheduled(text: str, epoch: int) -> float:
+    """The value of a schedule, `VALUE,EPOCH:VALUE,...`, in `epoch`, counted from 1."""
+    steps = [step.split(":") for step in ("1:" + text).split(",")]
+    values = sorted((count(first), float(value)) for first, value in steps)
+    if not all(0 <= value < math.inf for _, value in values):
+        raise ValueError
+    return [value for first, value in values if epoch >= first][-1]
+
+
+def in_environment(name: str, default: int) -> int:
+    """A number that torchrun or `launch` has left for a rank: from 1 if the default is."""
+    try:
+        return (count if default else whole)(os.environ.get(name, str(default)))
+    except ValueError as error:
+        text = f"{name} is {os.environ[name]!r} in the environment, which is no such number"
+        raise UserError(text, 2) from error
+
+
 PLAYING = ("play", "eval", "gen_submit")
 ANY = ("train", *PLAYING)
-OUTPUTS = (
-    "of the run, default train_log/train-atari-ENV; of a submission, default output_dir; "
-    "of the videos of play; of eval's results.json"
-)
-# Option, the tasks it is for, its type or the choices, what stands for it in the help, meaning.
-OPTIONS = (
-    ("env", ANY, str, "ENV", "gymnasium id of an Atari game, such as Breakout-v0 (required)"),
-    ("task", ANY, ANY, None, "default: train"),
-    ("gpu", ANY, str, "GPU", "GPUs, as 0,1,2; default: as before, or all, or the CPU"),
-    ("load", ANY, str, "FILE", "weights.npz to start from, or checkpoint.pt to go on with"),
-    ("output", ANY, name, "DIR", OUTPUTS),
-    ("seed", ANY, whole, "N", "of players, sampling, initialization"),
-    ("episode", PLAYING, count, "N", "episodes to play (default 100)"),
-    ("network", ("train",), ("ba3c", "a3c"), None, "default: ba3c; a3c is small, for a CPU"),
-    ("ranks", ("train",), count, "N", "so many processes that train as one, on a CPU"),
-    ("listen", ("train",), str, "ADDRESS", "tcp://0.0.0.0:PORT, where simulators may join"),
-    ("key", ("train",), name, "FILE", "which they need to join; is made if it is not there"),
-)
-# For training. Option, type, default, meaning: names and values are those of the original's
-# constants.
+TRAIN = ("train",)
+
+
+class Option(NamedTuple):
+    """An option of training that has a default: its name as in `--batch-size`, and its help."""
+
+    name: str
+    type: Callable[[str], Any]
+    default: Any
+    help: str
+
+
+# Names and values are those of the original's constants; what it has not is off.
 LEARNING = (
-    ("BATCH_SIZE", count, 128, "new states per iteration"),
-    ("LOCAL_TIME_MAX", count, 5, "steps of an n-step return"),
-    ("GAMMA", positive, 0.99, "discount per step"),
-    ("LEARNING_RATE", schedule, "1e-3,20:3e-4,120:1e-4", "VALUE,EPOCH:VALUE,... from that epoch"),
-    ("WARM_UP", whole, 0, "iterations in which the learning rate rises to its value"),
-    ("ENTROPY_BETA", schedule, "0.01,80:0.005", "VALUE,EPOCH:VALUE,..."),
-    ("ADAM_EPSILON", positive, 1e-3, "epsilon of Adam in TensorFlow's form"),
-    ("CENTER_FILTERS", switch, 0, "1: convolutions see differences only, so that none dies"),
-    ("STEPS_PER_EPOCH", count, 6000, "iterations per epoch"),
-    ("MAX_EPOCH", count, 1000, "epochs until the run is done"),
-    ("EVAL_EPISODE", count, 50, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
+    Option("batch-size", count, 128, "new states per iteration"),
+    Option("local-time-max", count, 5, "steps of an n-step return, at most"),
+    Option("gamma", positive, 0.99, "discount per step"),
+    Option("lambda", fraction, 1.0, "of lambda-returns; 1: n-step returns"),
+    Option("life-loss", switch, 0, "1: a lost life ends the return, in learning only"),
+    Option("learning-rate", schedule, "1e-3,20:3e-4,120:1e-4", "VALUE,EPOCH:VALUE,..."),
+    Option("warm-up", whole, 0, "iterations in which the learning rate rises to its value"),
+    Option("entropy-beta", schedule, "0.01,80:0.005", "VALUE,EPOCH:VALUE,..."),
+    Option("anneal", switch, 0, "1: learning rate and entropy weight also fall linearly to 0"),
+    Option("adam-epsilon", positive, 1e-3, "epsilon of Adam in TensorFlow's form"),
+    Option("center-filters", switch, 0, "1: convolutions see differences only, so that none dies"),
+    Option("steps-per-epoch", count, 6000, "iterations per epoch"),
+    Option("max-epoch", count, 1000, "epochs until the run is done"),
+    Option("eval-episode", count, 50, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
+    Option("mean-iterations", count, 1000, "iterations in the mean of the weights"),
 )
 SPEED = (
-    ("SIMULATOR_PROC", count, 50, "simulator processes; on a CPU 2 per core"),
-    ("PLAYERS_PER_SIMULATOR", count, 1, f"on a CPU so many that all are {CPU_PLAYERS}"),
-    ("PREDICT_BATCH_SIZE", count, 15, f"most states in one prediction; on a CPU {CPU_BATCH}"),
-    ("PREDICTOR_THREAD_PER_GPU", count, 3, f"on a CPU 1 per 2 cores, {CPU_PREDICTORS} at most"),
-    ("QUEUE_SIZE", count, 128, "states that may wait for the trainer; default: a batch"),
-    ("BFLOAT16", switch, 0, "1: the network computes in bfloat16, faster on CPUs with AMX"),
+    Option("simulator-proc", count, 50, "simulator processes; on a CPU 2 per core"),
+    Option("players-per-simulator", count, 1, f"on a CPU so many that all are {CPU_PLAYERS}"),
+    Option("predict-batch-size", count, 15, f"most states in a prediction; on a CPU {CPU_BATCH}"),
+    Option("predictor-thread-per-gpu", count, 3, "on a CPU 1 per 2 cores, 4 at most"),
+    Option("queue-size", count, 128, "states that may wait for the trainer; default: a batch"),
+    Option("bfloat16", switch, 0, "1: the network computes in bfloat16, faster on CPUs with AMX"),
 )
-NOT_OF_A_RUN = ("task", "env", "load", "output")  # options that a checkpoint does not keep
-# With the small network, whose gradients are far below the original's epsilon: see the README.
-LEARNING_OF_A3C = {"adam_epsilon": 1e-5, "learning_rate": "7e-4", "center_filters": 1}
+# With the small network, whose gradients are far below the original's epsilon: see models/README.
+LEARNING_OF_A3C = {"adam-epsilon": 1e-5, "learning-rate": "7e-4", "center-filters": 1}
+NOT_IN_CHECKPOINT = (
+    "task",
+    "env",
+    "load",
+    "output",
+    "config",
+    "track",
+)  # a checkpoint keeps none of them
 
 
 def flag(name: str) -> str:
-    """`BATCH_SIZE` -> `--batch-size`."""
-    return "--" + name.lower().replace("_", "-")
+    """`batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def value_name(option: str) -> str:
+    """`batch-size` -> `batch_size`."""
+    return option.replace("-", "_")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -215,20 +245,30 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.set_defaults(task="train")
-    groups = {
-        ANY: parser,
-        PLAYING: parser.add_argument_group(f"only for {listed(PLAYING)}"),
-        ("train",): parser.add_argument_group("only for train"),
-    }
-    for option, tasks, kind, metavar, text in OPTIONS:
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": metavar}
-        groups[tasks].add_argument(f"--{option}", help=text, **how)
+    add = parser.add_argument
+    add("--env", metavar="ENV", help="gymnasium id of an Atari game, such as Breakout-v0")
+    add("--task", choices=ANY, help="default: train")
+    add("--gpu", metavar="GPU", help="GPUs, as 0,1,2; default: all, or the CPU; resumed: as before")
+    add("--load", metavar="FILE", help="weights.npz to start from, or checkpoint.pt to resume")
+    add("--output", type=name, metavar="DIR", help="directory of a run, or of what a task writes")
+    add("--seed", type=whole, metavar="N", help="of players, sampling, initialization")
+    add = parser.add_argument_group(f"only for {listed(PLAYING)}").add_argument
+    add("--episode", type=count, metavar="N", help="episodes to play (default 100)")
+    add = parser.add_argument_group("only for train").add_argument
+    add("--network", choices=("ba3c", "a3c"), help="default: ba3c; a3c is small, for a CPU")
+    add("--config", type=name, metavar="FILE", help="config.json of a run, to train the same")
+    add("--track", action="store_true", help="show metrics in Weights & Biases (install wandb)")
+    add("--ranks", type=count, metavar="N", help="so many processes that train as one, on a CPU")
+    add("--listen", metavar="ADDRESS", help="tcp://0.0.0.0:PORT, where simulators may join")
+    add("--key", type=name, metavar="FILE", help="for them to join; is made if it is not there")
     for title, options in (("what changes learning", LEARNING), ("what changes speed", SPEED)):
         group = parser.add_argument_group(f"only for train: {title}")
-        for name, kind, default, text in options:
-            of_a3c = LEARNING_OF_A3C.get(name.lower())
-            text += f" (default {default}" + (f"; with a3c {of_a3c})" if of_a3c else ")")
-            group.add_argument(flag(name), type=kind, metavar="X", help=text)
+        for option in options:
+            default = f"default {option.default}"
+            if option.name in LEARNING_OF_A3C:
+                default += f"; with a3c {LEARNING_OF_A3C[option.name]}"
+            text = f"{option.help} ({default})"
+            group.add_argument(flag(option.name), type=option.type, metavar="X", help=text)
     return parser
 
 
@@ -237,9 +277,11 @@ def listed(names: tuple) -> str:
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
 
 
-def tasks_of(option: str) -> tuple:
+def tasks_of(name: str) -> tuple[str, ...]:
     """The tasks that an option, by the name of its value, is for."""
-    return {known: tasks for known, tasks, *_ in OPTIONS}.get(option, ("train",))
+    if name in ("env", "task", "gpu", "load", "output", "seed"):
+        return ANY
+    return PLAYING if name == "episode" else TRAIN
 
 
 def read_options(arguments: list[str] | None) -> dict:
@@ -247,14 +289,11 @@ def read_options(arguments: list[str] | None) -> dict:
 
     UserError for an option that the task does not have.
     """
-    parser = make_parser()
-    given = vars(parser.parse_args(arguments))
+    given = vars(make_parser().parse_args(arguments))
     for option in given:
         if given["task"] not in tasks_of(option):
             tasks = f"--task {listed(tasks_of(option))}"
             raise UserError(f"{flag(option)} is for {tasks}, not for --task {given['task']}", 2)
-    if "env" not in given and not given.get("load", "").endswith(".pt"):
-        parser.error("--env is required")
     return given
 
 
@@ -276,13 +315,97 @@ def check_options(options: dict) -> None:
     for option, value in options.items():
         # It may be one that only looks like an option of that name, or like a value of its type.
         fits = option in parsed and type(parsed[option]) is type(value) and parsed[option] == value
-        if not fits or option in NOT_OF_A_RUN or "train" not in tasks_of(option):
+        if not fits or option in NOT_IN_CHECKPOINT or "train" not in tasks_of(option):
             raise ValueError(f"it has an option {option!a} with the value {value!a}")
 
 
 def refuse_value(message: str) -> None:
-    """What a parser does with a file's option that it does not take."""
+    """What a parser does with an option of a file that it does not take."""
     raise ValueError(f"its options are wrong: {message}")
+
+
+def defaults(chosen: dict, on_cpu: bool, ranks: int, one_per_process: bool) -> dict:
+    """Values of all options that fit the chosen ones, this machine, and its number of ranks.
+
+    Simulators are those of all ranks. one_per_process: a process can hold only one of this game.
+    """
+    cores = max(1, count_cores() // ranks)
+    values = {value_name(option.name): option.default for option in LEARNING + SPEED}
+    values |= {"listen": None, "key": None}
+    if chosen.get("network") == "a3c":
+        values |= {value_name(option): value for option, value in LEARNING_OF_A3C.items()}
+    if on_cpu:
+        most = CPU_PLAYERS // chosen.get("players_per_simulator", 1)
+        values["simulator_proc"] = ranks * max(1, min(2 * cores, most))
+    simulators = max(1, (values | chosen)["simulator_proc"] // ranks)
+    if on_cpu:
+        players = 1 if one_per_process else CPU_PLAYERS // simulators
+        values["players_per_simulator"] = max(1, players)
+        values["predict_batch_size"] = CPU_BATCH
+        values["predictor_thread_per_gpu"] = min(-(-cores // 2), CPU_PREDICTORS)
+    players = simulators * (values | chosen)["players_per_simulator"]
+    values["predictor_thread_per_gpu"] = min(values["predictor_thread_per_gpu"], simulators)
+    values["predict_batch_size"] = min(values["predict_batch_size"], players)
+    values["queue_size"] = (values | chosen)["batch_size"]
+    return values
+
+
+def refuse(o: argparse.Namespace, ranks: int) -> None:
+    """UserError unless the options of a rank fit each other and this machine."""
+    players = o.simulator_proc * o.players_per_simulator
+    size, threads = o.predict_batch_size, o.predictor_thread_per_gpu
+    if o.listen and not o.key:
+        raise UserError("--listen needs --key FILE, which simulators need to join", 2)
+    if size > players:
+        raise UserError(f"{players} players can never fill a predict batch of {size} states", 2)
+    if threads > o.simulator_proc:
+        raise UserError(f"{threads} predictor threads need as many simulators", 2)
+    if o.queue_size < o.batch_size:
+        what = f"a queue of {o.queue_size} states"
+        raise UserError(f"{what} can never fill a batch of {o.batch_size}", 2)
+    if o.local_time_max >= o.batch_size:
+        raise UserError("--local-time-max must be below --batch-size", 2)
+    rollout_frames = 3 * players * (o.local_time_max + 3)
+    queue_frames = 4 * (o.queue_size + 3 * o.batch_size + size)
+    need = (rollout_frames + queue_frames) * math.prod(FRAME_SHAPE)
+    need += o.simulator_proc * SIMULATOR_BYTES + players * PLAYER_BYTES
+    need *= ranks
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > memory:
+        raise UserError(f"this takes {need / 1e9:.0f} GB of {memory / 1e9:.0f} GB of memory", 2)
+
+
+def complete(
+    chosen: dict, on_cpu: bool, ranks: int = 1, one_per_process: bool = False
+) -> argparse.Namespace:
+    """All options of a rank: the chosen ones, and what fits them and its share of this machine."""
+    o = argparse.Namespace(**(defaults(chosen, on_cpu, ranks, one_per_process) | chosen))
+    o.simulator_proc = max(1, o.simulator_proc // ranks)
+    refuse(o, ranks)
+    return o
+
+
+def read_config(path: str) -> dict:
+    """What another run's config.json says of the game, the network and learning, and of speed.
+
+    Of speed only what was chosen there: the rest follows from the machine.
+    """
+    try:
+        config = read_json(path, dict)
+        chosen = config.get("chosen")
+        if not isinstance(chosen, dict) or not isinstance(config.get("env"), str):
+            raise ValueError("it has no game or options")
+        known = {value_name(option.name) for option in LEARNING}
+        options = {name: config[name] for name in sorted(known) if name in config}
+        known = {value_name(option.name) for option in SPEED} | {"network", "seed"}
+        options |= {name: value for name, value in chosen.items() if name in known}
+        check_options(options)
+        return {"env": config["env"]} | options
+    except ValueError as error:
+        raise UserError(f"{path} is not usable: {error}", 2) from error
+
+
+# GPUs and ranks
 
 
 def find_devices(gpus: str | None, ranks: int | None) -> list:
@@ -337,7 +460,7 @@ def resumed_devices(count: int, gpu: str | None) -> list:
 
 
 def choose_devices(gpus: str | None, ranks: int | None, before: dict) -> tuple[list, list[str]]:
-    """The devices of the ranks on this machine, and what a resumed run has otherwise than before.
+    """The devices of the ranks on this machine, and what a resumed run has differs from before.
 
     gpus, ranks: the options as given now; before: the options in the checkpoint of a resumed run.
     """
@@ -363,7 +486,7 @@ def choose_devices(gpus: str | None, ranks: int | None, before: dict) -> tuple[l
 
 
 def resumed_options(saved: dict, given: dict) -> tuple[dict, list[str]]:
-    """The options of a run that a resumed one has too, and what it has otherwise than before.
+    """The options of a run that a resumed one has too, and what it has differs from before.
 
     What belongs to a machine is not among them: the address where the run listened, and its key.
     They are remembered as `listened`, so that no later start makes another key unasked.
@@ -450,7 +573,7 @@ class Ranks:
             raise self.cannot_join(first_line(error)) from error
 
     def cannot_join(self, reason: str) -> UserError:
-        """The sentence of a rank that stays alone."""
+        """The error of a rank that could not reach the others."""
         return UserError(f"rank {self.rank} cannot join the others: {reason}")
 
     def world_size(self) -> int:
@@ -519,7 +642,7 @@ class Ranks:
             time.sleep(0.05)
 
     def gpu_id(self) -> str:
-        """What no other GPU has."""
+        """The UUID of this rank's GPU."""
         import torch
 
         return str(torch.cuda.get_device_properties(self.device).uuid)
@@ -579,17 +702,21 @@ class Ranks:
         """Tell the other ranks why this one ends."""
         import model
 
-        spoilt = isinstance(error, (FloatingPointError, model.DivergedError))
+        weights_are_bad = isinstance(error, (FloatingPointError, model.DivergedError))
         text = first_line(error) if is_sentence(error) else f"{type(error).__name__}: {error}"
-        about = {"text": text, "code": getattr(error, "code", 1), "spoilt": spoilt}
+        about = {
+            "text": text,
+            "code": getattr(error, "code", 1),
+            "weights_are_bad": weights_are_bad,
+        }
         with contextlib.suppress(RuntimeError):
             if not self.store.check([f"end {self.rank}"]):  # the first one is the reason
                 self.store.set(f"end {self.rank}", json.dumps(about))
 
-    def is_spoilt(self) -> bool:
+    def has_bad_weights(self) -> bool:
         """Whether another rank has ended because the weights are not good any more."""
         other = self.end_of_another() if self.count > 1 else None
-        return other is not None and other["spoilt"]
+        return other is not None and other["weights_are_bad"]
 
     @staticmethod
     def is_lost(error: BaseException) -> bool:
@@ -665,7 +792,7 @@ def join_ranks(devices: list, same: dict, seed: int) -> Ranks:
 def interrupt_quietly() -> None:
     """Let Ctrl-C end this rank without a word, for another one of this machine says it."""
     if in_environment("LOCAL_RANK", 0) and INTERRUPTIBLE:
-        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGINT, raise_stopped)
 
 
 def stay_on_this_machine() -> None:
@@ -673,17 +800,6 @@ def stay_on_this_machine() -> None:
     names = {name for _, name in socket.if_nameindex()}
     for name in names & {"lo", "lo0"}:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
-
-
-@contextlib.contextmanager
-def private_directory() -> Iterator[str]:
-    """A private directory, removed at the end; after a SIGKILL by the next start."""
-    path, lock = make_private_directory()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
 
 
 def how_it_ended(code: int) -> str:
@@ -701,21 +817,22 @@ def launch(ranks: int, arguments: list[str]) -> None:
     processes: list[subprocess.Popen] = []
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a rank can end in good order
     on_signals(lambda signum, frame: processes[0].send_signal(signum))
-    with private_directory() as directory:
-        world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-        world["BATCH_A3C_LAUNCHER"] = directory
+    with contextlib.closing(PrivateDirectory()) as private:
+        directory = private.path
+        world = {
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "BATCH_A3C_LAUNCHER": directory,
+        }
         failed = 0
         try:
             for rank in range(ranks):
-                environment = (
-                    child_environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                )
-                streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL if rank else None}
                 process = subprocess.Popen(
                     [sys.executable, os.path.abspath(__file__), *arguments],
-                    env=environment,
+                    env=child_environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdin=subprocess.PIPE,  # it closes when this process ends
+                    stdout=subprocess.DEVNULL if rank else None,
                     start_new_session=True,
-                    **streams,
                 )
                 processes.append(process)
             store = distributed.FileStore(f"{directory}/ranks", ranks)
@@ -726,13 +843,13 @@ def launch(ranks: int, arguments: list[str]) -> None:
             failed = failed if processes[0].poll() is None else 0
             if failed and not store.check([f"end {failed}"]):
                 text = how_it_ended(processes[failed].returncode)
-                about = {"text": f"it {text}", "code": 1, "spoilt": False}
+                about = {"text": f"it {text}", "code": 1, "weights_are_bad": False}
                 store.set(f"end {failed}", json.dumps(about))
             if failed:  # rank 0 will notice, unless it waits for simulators or evaluates
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     processes[0].wait(REASON_SECONDS + 1)
         finally:
-            end(processes, LAUNCH_END_SECONDS)
+            end_processes(processes, LAUNCH_END_SECONDS)
     code = processes[0].returncode
     silent = code in (128 + signal.SIGTERM, -signal.SIGKILL)  # it was ended before it could speak
     last = failed if failed and silent else 0
@@ -742,50 +859,11 @@ def launch(ranks: int, arguments: list[str]) -> None:
     sys.exit(code)
 
 
-def complete(
-    chosen: dict, on_cpu: bool, ranks: int = 1, one_per_process: bool = False
-) -> argparse.Namespace:
-    """All options of a rank: the chosen ones, and what fits them and its share of this machine."""
-    cores = max(1, count_cores() // ranks)
-    table = {name.lower(): default for name, _, default, _ in LEARNING + SPEED}
-    if chosen.get("network") == "a3c":
-        table |= LEARNING_OF_A3C
-    most = CPU_PLAYERS // chosen.get("players_per_simulator", 1)
-    default = ranks * max(1, min(2 * cores, most)) if on_cpu else table["simulator_proc"]
-    simulators = max(1, chosen.get("simulator_proc", default) // ranks)
-    chosen = chosen | {"simulator_proc": simulators}
-    if on_cpu:
-        players = 1 if one_per_process else CPU_PLAYERS // simulators
-        table["players_per_simulator"] = max(1, players)
-        table["predict_batch_size"] = CPU_BATCH
-        table["predictor_thread_per_gpu"] = min(-(-cores // 2), CPU_PREDICTORS)
-    o = argparse.Namespace(**({"listen": None, "key": None} | table | chosen))
-    players = simulators * o.players_per_simulator
-    o.predictor_thread_per_gpu = min(o.predictor_thread_per_gpu, simulators)
-    o.predict_batch_size, o.queue_size = min(o.predict_batch_size, players), o.batch_size
-    vars(o).update(chosen)  # what was asked for is refused below, not mended
-    size, threads = o.predict_batch_size, o.predictor_thread_per_gpu
-    frames = 3 * players * (o.local_time_max + 3)  # of the books; of the queue: four for a state
-    frames += 4 * (o.queue_size + 3 * o.batch_size + size)
-    need = frames * math.prod(FRAME_SHAPE) + simulators * SIMULATOR_BYTES + players * PLAYER_BYTES
-    need *= ranks
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    waiting = f"a queue of {o.queue_size} states can never fill a batch of {o.batch_size}"
-    for wrong, sentence in (
-        (o.listen and not o.key, "--listen needs --key FILE, which simulators need to join"),
-        (size > players, f"{players} players can never fill a predict batch of {size} states"),
-        (threads > o.simulator_proc, f"{threads} predictor threads need as many simulators"),
-        (o.queue_size < o.batch_size, waiting),
-        (o.local_time_max >= o.batch_size, "--local-time-max must be below --batch-size"),
-        (need > memory, f"this takes {need / 1e9:.0f} GB of {memory / 1e9:.0f} GB of memory"),
-    ):
-        if wrong:
-            raise UserError(sentence, 2)
-    return o
+# The run directory
 
 
 def check_run(saved: dict) -> None:
-    """ValueError unless a checkpoint says all of its run that is needed to go on with it."""
+    """ValueError unless a checkpoint says all that is needed to resume its run."""
     from model import item
 
     if not item(saved, "env", str).isprintable():
@@ -855,28 +933,28 @@ def check_directory(path: str, saved: dict) -> None:
             raise ValueError("its stats.json is of another run")
 
 
-class Place(NamedTuple):
+class RunLocation(NamedTuple):
     """Where a run is."""
 
     path: str
-    goes_on: bool  # there, as the run of a checkpoint
+    is_resumed: bool  # there, as the run of a checkpoint
     sentence: str  # which says so
-    reason: str = ""  # why the checkpoint's run does not go on where the checkpoint is
+    way: str = ""  # what to do if another run is there
 
 
-def place_run(env_id: str, output: str | None, saved: dict) -> Place:
+def locate_run(env_id: str, output: str | None, saved: dict) -> RunLocation:
     """The directory of a run that begins with a checkpoint, or with none ({}).
 
-    A checkpoint's run goes on only in its own directory, and from checkpoint.pt itself: every other
-    copy of it, wherever it lies, begins a run of its own.
+    A checkpoint's run is resumed only in its own directory, and from checkpoint.pt itself: every
+    other copy of it, wherever it lies, starts a run of its own.
     """
     path = os.path.abspath(output or os.path.join("train_log", f"train-atari-{file_name(env_id)}"))
     if not saved:
-        return Place(path, False, f"a new run in {path}")
+        return RunLocation(path, False, f"a new run in {path}")
     directory, file = os.path.split(saved["file"])
     reason = None
     if file != "checkpoint.pt":
-        reason = "a run goes on from its checkpoint.pt alone"
+        reason = "a run is resumed only from its checkpoint.pt"
     elif output is not None and os.path.realpath(path) != os.path.realpath(directory):
         reason = "--output names another directory"
     else:
@@ -885,23 +963,26 @@ def place_run(env_id: str, output: str | None, saved: dict) -> Place:
         except ValueError as error:
             reason = f"{directory} is not the directory of that run: {error}"
     if reason is None:
-        return Place(directory, True, f"the run goes on in {directory}")
+        return RunLocation(directory, True, f"the run is resumed in {directory}")
     sentence = f"a new run in {path} begins with what {saved['file']} holds ({reason})"
-    return Place(path, False, sentence, reason)
+    way = ""
+    if saved["file"] == os.path.join(path, "checkpoint.pt"):
+        way = f"{reason}; name another --output"
+    return RunLocation(path, False, sentence, way)
 
 
-def open_run(path: str, goes_on: bool, way: str = ""):
+def open_run(path: str, is_resumed: bool, way: str = ""):
     """Make the directory of a run ours; returns its log file, open and locked.
 
     UserError where that cannot be; `way`: what to do if it holds a run, if not to resume that.
     """
     present = [name for name in RUN_FILES if os.path.exists(os.path.join(path, name))]
-    if present and not goes_on:
+    if present and not is_resumed:
         if "checkpoint.pt" in present:
             checkpoint = os.path.join(path, "checkpoint.pt")
-            way = way or f"go on with it by --load {checkpoint}, or name another --output"
+            way = way or f"resume it with --load {checkpoint}, or name another --output"
         else:  # it was ended before its first checkpoint was whole
-            way = "name another --output, or remove it: there is no checkpoint to go on from"
+            way = "name another --output, or remove it: there is no checkpoint to resume"
         raise UserError(f"{path} holds a run ({', '.join(present)}): {way}", 2)
     try:
         path.encode()
@@ -922,66 +1003,203 @@ def open_run(path: str, goes_on: bool, way: str = ""):
         raise UserError(f"cannot write to {path}: {error.strerror}", 2) from error
 
 
-class Training:
-    """A run: the learner, what feeds it, and what it leaves in its directory.
+# Training
 
-    chosen: the options the user gave, now or before; options: all of them; saved: the checkpoint
-    it begins with; log_file: of rank 0, what open_run made of the directory; changes: what a
-    resumed run has otherwise than before.
+
+class RunDirectory:
+    """The files of a run. Only rank 0 writes; for the others every method does nothing.
+
+    A file that cannot be written is in `unwritten`, and training continues.
     """
 
-    def __init__(self, env_id, chosen, options, network, ranks, place, saved, log_file, changes):
-        import torch
+    def __init__(self, path: str, log_file=None):
+        self.path, self.log_file = path, log_file
+        self.unwritten: dict[str, OSError] = {}  # files that are out of date, and why
 
+    def log(self, text: str) -> None:
+        """A line in log.log and on standard output, above a progress bar if there is one."""
+        if self.log_file is None:
+            return
+        line = time.strftime("%m-%d %H:%M:%S ") + text
+        with contextlib.suppress(OSError):  # a full disk
+            self.log_file.write(line + "\n")
+        with contextlib.suppress(OSError):  # where nobody reads it any more, train on
+            tqdm.write(line)
+
+    def write(self, name: str, content: bytes) -> bool:
+        """Write a file, and say whether that went well."""
+        if self.log_file is None:
+            return False
+        self.unwritten.pop(name, None)
+        try:
+            write_file(os.path.join(self.path, name), content)
+        except OSError as error:
+            self.unwritten[name] = error
+            self.log(f"warning: {error}; training continues")
+            return False
+        return True
+
+    def write_json(self, name: str, content) -> None:
+        """Write a JSON file."""
+        self.write(name, json.dumps(content, indent=1).encode())
+
+
+class Metrics:
+    """What the iterations of an epoch have measured: checked, shown, and averaged.
+
+    Metrics stay on the device until they are needed, because reading them waits for a GPU.
+    """
+
+    def __init__(self, columns: tuple[str, ...], directory: RunDirectory, writer=None):
+        self.columns, self.directory, self.writer = columns, directory, writer
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Forget the epoch before."""
+        self.rows: list[np.ndarray] = []  # (columns,) of each iteration
+        self.unread: list = []  # the same of the last iterations, still on the device
+        self.num_shown = 0  # iterations that a line or TensorBoard has shown
+        self.epoch_started_at = self.shown_at = time.monotonic()
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.unread)
+
+    def collect(self, last_step: int) -> None:
+        """Read what is unread, up to iteration `last_step`; FloatingPointError if not finite."""
+        first_step = last_step - len(self.unread) + 1
+        for step, row in enumerate(self.unread, first_step):
+            self.rows.append(np.array(row.tolist()))
+            for i in np.flatnonzero(~np.isfinite(self.rows[-1])):
+                name, value = self.columns[i], self.rows[-1][i]
+                raise FloatingPointError(f"{name} is {value} in iteration {step}")
+        self.unread = []
+
+    def means(self, first: int, seconds: float) -> dict[str, float | None]:
+        """Means over the iterations from the `first` one on; None where there was none."""
+        rows, means = np.array(self.rows[first:]), dict.fromkeys(self.columns)
+        if len(rows):
+            means = dict(zip(self.columns, rows.mean(axis=0).tolist(), strict=True))
+            means["policy_lag_max"] = float(rows[:, self.columns.index("policy_lag_max")].max())
+        means["it_per_s"] = len(rows) / seconds
+        return means
+
+    def add_scalars(self, metrics: dict, step: int) -> None:
+        """Show in TensorBoard what there is of these metrics."""
+        for name, value in metrics.items():
+            if value is not None and self.writer is not None:
+                with contextlib.suppress(Exception):  # its thread has reported it already
+                    self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what TensorBoard has not written yet."""
+        if self.writer is not None:
+            with contextlib.suppress(Exception):  # it says again what its thread said
+                self.writer.close()
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is: a part of its checkpoint."""
+
+    epoch: int = 0  # epochs done
+    global_step: int = 0  # iterations done
+    epoch_step: int = 0  # of this epoch
+    starts: int = 0  # of this program
+    best_score: float | None = None  # that of model-best.npz
+    elapsed_s: float = 0.0
+    evaluated_s: float = 0.0  # of these, in evaluations
+    due: bool = False  # the iterations of an epoch are done, its evaluation is not
+
+
+class Run:
+    """A training run, restored from a checkpoint or new: the state that `train` works on.
+
+    chosen: the options that the user gave, now or before; options: all of them; saved: the
+    checkpoint ({} for a new run); log_file: of rank 0, from open_run; changes: what a resumed run
+    has differs from before.
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        chosen: dict,
+        options: argparse.Namespace,
+        network,
+        ranks: Ranks,
+        place: RunLocation,
+        saved: dict,
+        log_file,
+        changes: list[str],
+    ):
         import model
 
-        device = ranks.device
-        self.env_id, self.chosen, self.device, self.path = env_id, chosen, device, place.path
-        self.options, self.log_file = options, log_file
+        self.env_id, self.chosen, self.options, self.ranks = env_id, chosen, options, ranks
+        if ranks.rank:
+            options.listen = None
+        self.directory = RunDirectory(place.path, log_file)
         # By this name files know that they are of the same run.
-        self.run_id = (saved.get("run_id") if place.goes_on else None) or secrets.token_hex(8)
-        self.ranks, self.rank, local = ranks, ranks.rank, in_environment("LOCAL_WORLD_SIZE", 1)
-        if self.rank:
-            self.options.listen = None
-        self.columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
-        # Epochs and iterations done, iterations of this epoch done, starts of this program.
-        self.at = {"epoch": 0, "global_step": 0, "epoch_step": 0, "starts": 0, "best_score": None}
-        self.at |= {"elapsed_s": 0.0, "evaluated_s": 0.0}
-        self.at["due"] = False  # an epoch's evaluation: its iterations are done
-        self.stats: list[dict] = []  # of the epochs done
-        self.unwritten: dict[str, OSError] = {}  # files of the run that are out of date, and why
-        self.rows: list[np.ndarray] = []  # of this epoch's iterations: a value for each column
-        self.unread: list = []  # iterations whose metrics are still on the device
-        self.began = self.logged = self.saved = time.monotonic()
-        self.shown, self.signal = 0, None
+        self.run_id = (saved.get("run_id") if place.is_resumed else None) or secrets.token_hex(8)
+        columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
+        self.metrics = Metrics(columns, self.directory)
+        self.at, self.stats = Progress(), []  # stats: an object for each epoch done
+        self.rates: dict[str, float] = {}  # learning_rate and entropy_beta of the last iteration
+        self.started_at = self.saved_at = time.monotonic()
+        self.signum: int | None = None  # of the signal that ends the run
         self.is_whole = True  # not in the middle of an update
-        self.is_checked = True  # the ranks have compared their weights after the last update
-        threads = max(1, count_cores() // local)
-        how = {"center_filters": options.center_filters, "bfloat16": options.bfloat16}
-        self.learner = model.Learner(network, device, options.adam_epsilon, threads, **how)
+        self.is_compared = True  # the ranks have compared their weights after the last update
+        self.local_ranks = in_environment("LOCAL_WORLD_SIZE", 1)
+        self.learner = model.Learner(
+            network,
+            ranks.device,
+            options.adam_epsilon,
+            threads=max(1, count_cores() // self.local_ranks),
+            center_filters=options.center_filters,
+            bfloat16=options.bfloat16,
+            mean_iterations=options.mean_iterations,
+        )
         self.log(place.sentence)
         if saved:
-            self.learner.load_state_dict(saved["learner"])
-            torch.set_rng_state(saved["rng"])
-            self.at, self.stats = self.at | saved["at"], saved["stats"]
-            if not os.path.exists(os.path.join(self.path, "model-best.npz")):
-                self.at["best_score"] = None
-            done = "{global_step} iterations, {epoch} epochs, best score {best_score}"
-            self.log(f"restored {saved['file']}: weights, optimizer, {done.format(**self.at)}")
+            self.restore(saved)
         if changes:
-            self.log("otherwise than before: " + "; ".join(changes))
-        run = self.learner.share({"at": self.at, "stats": self.stats})
-        self.at, self.stats = run["at"], run["stats"]
-        self.began -= self.at["elapsed_s"]
-        self.at["starts"] += 1
-        packages = {name: version(name) for name in PACKAGES}
-        packages |= {"opencv": cv2.__version__, "python": sys.version}
-        simulators = {"simulator_proc": options.simulator_proc * local}
-        simulators["simulator_proc_of_a_rank"] = options.simulator_proc
-        self.config = {"env": env_id, "run_id": self.run_id} | vars(options) | simulators
-        self.config |= {"devices": ranks.devices, "chosen": chosen, "versions": packages}
-        self.write_json("config.json", self.config)
+            self.log("differs from before: " + "; ".join(changes))
+        of_all = self.learner.share({"at": dataclasses.asdict(self.at), "stats": self.stats})
+        self.at, self.stats = Progress(**of_all["at"]), of_all["stats"]
+        self.started_at -= self.at.elapsed_s
+        self.at.starts += 1
+        self.config = self.make_config()
+        self.directory.write_json("config.json", self.config)
         self.announce()
+
+    def restore(self, saved: dict) -> None:
+        """Hold what a checkpoint holds."""
+        import torch
+
+        self.learner.load_state_dict(saved["learner"])
+        torch.set_rng_state(saved["rng"])
+        self.at, self.stats = Progress(**saved["at"]), saved["stats"]
+        if not os.path.exists(os.path.join(self.directory.path, "model-best.npz")):
+            self.at.best_score = None
+        done = f"{self.at.global_step} iterations, {self.at.epoch} epochs"
+        what = f"weights, optimizer, {done}, best score {self.at.best_score}"
+        self.log(f"restored {saved['file']}: {what}")
+
+    def log(self, text: str) -> None:
+        """As RunDirectory.log."""
+        self.directory.log(text)
+
+    def make_config(self) -> dict:
+        """What config.json says."""
+        packages = {name: version(name) for name in PACKAGES}
+        return {
+            "env": self.env_id,
+            "run_id": self.run_id,
+            **vars(self.options),
+            "simulator_proc": self.options.simulator_proc * self.local_ranks,
+            "simulator_proc_of_a_rank": self.options.simulator_proc,
+            "devices": self.ranks.devices,
+            "chosen": self.chosen,
+            "versions": packages | {"opencv": cv2.__version__, "python": sys.version},
+        }
 
     def announce(self) -> None:
         """Print what follows from the options."""
@@ -991,314 +1209,354 @@ class Training:
         # A state waits until its segment is done, then in the queue, while others are trained on.
         lag = (players * (o.local_time_max + 3) / 2 + o.queue_size) / o.batch_size
         parameters = sum(p.numel() for p in network.parameters())
-        cores, ranks = count_cores(), self.learner.ranks
+        device, num_actions = self.ranks.device, network.num_actions
+        place = f"{self.directory.path}, seed {o.seed}"
         facts = {
-            "run": f"{self.env_id} ({network.num_actions} actions) in {self.path}, seed {o.seed}",
+            "run": f"{self.env_id} ({num_actions} actions) in {place}",
             "network": f"{network.kind}, {parameters:,} parameters",
-            "device": f"{self.device}, {cores} cores, predictors: {o.predictor_thread_per_gpu}",
+            "device": f"{device}, {count_cores()} cores, predictors: {o.predictor_thread_per_gpu}",
             "players": f"{o.simulator_proc} processes x {o.players_per_simulator} = {players}",
             "epoch": f"{o.steps_per_epoch:,} iterations x {o.batch_size} = {states:,} states",
-            "ranks": f"{ranks}, each with these players; an iteration has {ranks} batches",
-            "policy lag": f"{lag:.1f} updates when the trainer binds; with fewer players less",
+            "policy lag": f"at most about {lag:.1f} updates, when the trainer is the bottleneck",
         }
+        if self.ranks.count > 1:
+            ranks = self.ranks.count
+            facts["ranks"] = f"{ranks}, each with these players; an iteration has {ranks} batches"
         if o.bfloat16:
             facts["network"] += ", in bfloat16"
-        if self.device.type == "cpu" and network.kind == "ba3c":
+        if device.type == "cpu" and network.kind == "ba3c":
             facts["network"] += "; --network a3c is several times faster on a CPU"
             # Of the work for a state its update is about 0.8; the rest are prediction and player.
             rate = 0.8 * self.learner.measure(64)
-            hours = states / rate / 3600
-            hours = common.number(float(f"{hours:.2g}"))
+            hours = common.number(float(f"{states / rate / 3600:.2g}"))
             facts["expect"] = f"about {rate:.0f} states/s, {hours} hours per epoch"
-        if ranks == 1:
-            del facts["ranks"]
         self.log("training\n" + tabulate(facts.items()))
-
-    def log(self, text: str) -> None:
-        """A line in log.log and on standard output, above a progress bar if there is one."""
-        if self.rank:
-            return
-        line = time.strftime("%m-%d %H:%M:%S ") + text
-        with contextlib.suppress(OSError):  # a full disk
-            self.log_file.write(line + "\n")
-        with contextlib.suppress(OSError):  # where nobody reads it any more, train on
-            tqdm.write(line)
-
-    def write(self, name: str, content: bytes) -> bool:
-        """Write a file of the run, and say whether it is; where that fails training goes on."""
-        if self.rank:
-            return False
-        self.unwritten.pop(name, None)
-        try:
-            write_file(os.path.join(self.path, name), content)
-        except OSError as error:
-            self.unwritten[name] = error
-            self.log(f"warning: {error}; training goes on")
-            return False
-        return True
-
-    def write_json(self, name: str, content) -> None:
-        """Write a JSON file of the run."""
-        self.write(name, json.dumps(content, indent=1).encode())
-
-    def save(self) -> None:
-        """Write the epochs done, the checkpoint and the latest weights.
-
-        A checkpoint goes on only beside what else there is of its run: hence it is not the first.
-        """
-        import model
-
-        self.collect()
-        self.at["elapsed_s"] = time.monotonic() - self.began
-        run = {"env": self.env_id, "run_id": self.run_id, "options": self.chosen}
-        run |= {"at": self.at, "stats": self.stats}
-        if "config.json" in self.unwritten:
-            self.write_json("config.json", self.config)
-        self.write_json("stats.json", self.stats)
-        self.write("checkpoint.pt", model.checkpoint_file(self.learner, run))
-        self.write("model-latest.npz", model.weights_file(self.learner.network))
-        self.saved = time.monotonic()
 
     def on_signal(self, signum: int, frame) -> None:
         """The first signal lets the iteration end and saves; a later one ends at once.
 
         Programs that pass signals on, such as timeout, send one twice in the same moment. Ranks
-        above 0 go on for a while: rank 0 needs them to end its iteration, and they end with it.
+        above 0 continue for a while: rank 0 needs them to end its iteration, and they end with it.
         """
-        if self.signal is None:
-            later = RANK_END_SECONDS if self.rank else 0.0
-            self.signal, self.signalled = signum, time.monotonic() + later
+        if self.signum is None:
+            later = RANK_END_SECONDS if self.ranks.rank else 0.0
+            self.signum, self.signalled = signum, time.monotonic() + later
         elif time.monotonic() - self.signalled > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 
     def check(self) -> None:
         """Raise what should end the run, if there is something."""
-        if self.signal is not None and time.monotonic() >= self.signalled:
-            what = f"stopped by {signal.Signals(self.signal).name}"
-            raise UserError(f"{what} in iteration {self.at['global_step']}", 128 + self.signal)
+        if self.signum is not None and time.monotonic() >= self.signalled:
+            what = f"stopped by {signal.Signals(self.signum).name}"
+            raise UserError(f"{what} in iteration {self.at.global_step}", 128 + self.signum)
         for event in self.feed.check():
-            self.log(f"{event}; training goes on")
+            self.log(f"{event}; training continues")
+            if self.ranks.rank:  # its log goes nowhere
+                print(f"rank {self.ranks.rank}: {event}; training continues", file=sys.stderr)
 
-    def is_good(self, error: Exception) -> bool:
-        """Whether what this rank holds, now that `error` ends the run, may become the checkpoint.
+    def collect(self) -> None:
+        """Read the metrics of all iterations; FloatingPointError if one is not finite."""
+        self.metrics.collect(self.at.global_step)
 
-        It must be that of a whole iteration, finite, and the same in all ranks as far as they know.
+    def means(self, first: int, since: float) -> dict[str, float | None]:
+        """All metrics of the iterations from the `first` one of this epoch on, since a moment."""
+        self.collect()
+        metrics = self.metrics.means(first, time.monotonic() - since)
+        states = self.options.batch_size * self.ranks.count  # of an iteration
+        scores = list(self.feed.scores)  # of the last training episodes
+        return {
+            **metrics,
+            **self.rates,
+            "states_per_s": metrics["it_per_s"] * states,
+            "train_score": sum(scores) / len(scores) if scores else None,
+            "train_episodes": len(scores),
+        }
+
+    def save(self) -> None:
+        """Write stats.json, checkpoint.pt and the weights, if they are good.
+
+        A checkpoint is resumed only beside what else there is of its run: so it is not the first.
         """
         import model
 
-        if isinstance(error, (FloatingPointError, model.DivergedError)) or self.ranks.is_spoilt():
-            return False
-        if self.ranks.is_lost(error):  # gloo fails before an update changes anything, NCCL later
-            return self.device.type == "cpu"
-        return self.is_whole
-
-    def run(self) -> None:
-        """Train until the last epoch is done."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        from predictor import Feed
-
-        if self.at["epoch"] >= self.options.max_epoch and not self.at["due"]:
-            self.save()
-            raise UserError(f"the run is done: {self.at['epoch']} epochs (--max-epoch)", 0)
-        seeds = np.random.SeedSequence((self.options.seed, self.at["starts"], self.rank))
-        on_signals(self.on_signal)
-        if self.rank == 0:
-            # TensorBoard's thread, on a full disk; all others report by themselves.
-            threading.excepthook = lambda args: self.log(f"warning: {args.exc_value}")
-            self.writer = SummaryWriter(self.path, purge_step=self.at["global_step"] + 1)
-        self.feed = Feed(self.env_id, self.options, self.learner, seeds)
-        with contextlib.closing(self.feed):
-            try:
-                while self.at["epoch"] < self.options.max_epoch or self.at["due"]:
-                    self.check()
-                    if not self.at["due"]:
-                        self.run_epoch()
-                    self.end_epoch()
-            except Exception as error:
-                reason = self.ranks.explain(error, self.signal)
-                self.log(f"the run ends: {reason}")
-                if (self.rows or self.unread) and self.is_good(error):
-                    self.save()
-                if isinstance(reason, UserError) and self.unwritten:
-                    files = ", ".join(self.unwritten)
-                    raise UserError(f"{reason}; not written: {files}", reason.code) from error
-                if reason is error:
-                    raise
-                raise reason from error
-            finally:
-                if self.rank == 0:
-                    with contextlib.suppress(Exception):  # it says again what its thread said
-                        self.writer.close()
-        for error in self.unwritten.values():
-            raise error
-
-    def run_epoch(self) -> None:
-        """The iterations of an epoch that are not done yet."""
-        at, steps, epoch = self.at, self.options.steps_per_epoch, self.at["epoch"] + 1
-        names = ("learning_rate", "entropy_beta")
-        self.rates = {name: scheduled(getattr(self.options, name), epoch) for name in names}
-        learning_rate, warm_up = self.rates["learning_rate"], max(1, self.options.warm_up)
-        self.rows, self.shown, self.epoch_began = [], 0, time.monotonic()
-        hide = self.rank > 0 or None  # None: where there is no terminal
-        self.bar = tqdm(desc=f"epoch {epoch}", total=steps, initial=at["epoch_step"], disable=hide)
-        with self.bar:
-            while at["epoch_step"] < steps:
-                batch, versions = self.next_batch()
-                lag = at["global_step"] - versions
-                extra = (lag.mean(), lag.max(), len(self.feed.queue))
-                warmth = min(1.0, (at["global_step"] + 1) / warm_up)
-                self.rates["learning_rate"] = learning_rate * warmth
-                self.is_whole = False
-                self.unread.append(self.learner.update(batch, **self.rates, extra=extra))
-                at["global_step"] += 1
-                at["epoch_step"] += 1
-                self.is_whole = True
-                self.feed.publish(self.learner.network, at["global_step"])
-                self.bar.update()
-                self.is_checked = self.ranks.count == 1
-                if not self.is_checked and at["global_step"] % CHECK_STEPS == 0:
-                    self.learner.check_ranks()
-                    self.is_checked = True
-                if at["epoch_step"] < steps:
-                    self.after_iteration()
-
-    def next_batch(self):
-        """Wait for a batch; before the first one, say what for."""
-        while (batch := self.feed.queue.get(timeout=0.5)) is None:
-            self.check()
-            if not self.rows and not self.unread and time.monotonic() - self.logged > 2:
-                self.logged = time.monotonic()
-                there = f"{self.feed.fleet.connected} of {self.options.simulator_proc} simulators"
-                states = f"{len(self.feed.queue)} of {self.options.batch_size} states"
-                self.log(f"waiting for the first batch: {there} and {states} are there")
-        return batch
-
-    def after_iteration(self) -> None:
-        """What is due now: metrics, a line, a checkpoint, the end."""
-        now = time.monotonic()
-        if self.device.type == "cpu" or len(self.unread) >= 50:  # reading waits for the GPU
-            self.collect()
-        if now - self.logged >= LOG_SECONDS:
-            self.show(now)
-        if now - self.saved >= CHECKPOINT_SECONDS and self.is_checked:
-            self.save()
-        self.check()
-
-    def collect(self) -> None:
-        """Read the metrics of the last iterations; FloatingPointError if one is not finite."""
-        first = self.at["global_step"] - len(self.unread) + 1
-        for step, metrics in enumerate(self.unread, first):
-            self.rows.append(np.array(metrics.tolist()))
-            for i in np.flatnonzero(~np.isfinite(self.rows[-1])):
-                name, value = self.columns[i], self.rows[-1][i]
-                raise FloatingPointError(f"{name} is {value} in iteration {step}")
-        self.unread = []
-
-    def means(self, first: int, seconds: float) -> dict[str, float]:
-        """Metrics of this epoch's iterations from the `first` one on; None where there was none."""
         self.collect()
-        rows, metrics = np.array(self.rows[first:]), dict.fromkeys(self.columns)
-        if len(rows):
-            metrics = dict(zip(self.columns, rows.mean(axis=0).tolist(), strict=True))
-            metrics["policy_lag_max"] = float(rows[:, self.columns.index("policy_lag_max")].max())
-        metrics |= self.rates | {"it_per_s": len(rows) / seconds}
-        states = self.options.batch_size * self.learner.ranks  # of an iteration
-        metrics["states_per_s"] = metrics["it_per_s"] * states
-        scores = list(self.feed.scores)  # of the last training episodes
-        metrics["train_score"] = sum(scores) / len(scores) if scores else None
-        metrics["train_episodes"] = len(scores)
-        return metrics
+        self.at.elapsed_s = time.monotonic() - self.started_at
+        if "config.json" in self.directory.unwritten:
+            self.directory.write_json("config.json", self.config)
+        self.directory.write_json("stats.json", self.stats)
+        run = {
+            "env": self.env_id,
+            "run_id": self.run_id,
+            "options": self.chosen,
+            "at": dataclasses.asdict(self.at),
+            "stats": self.stats,
+        }
+        self.directory.write("checkpoint.pt", model.checkpoint_file(self.learner, run))
+        self.directory.write("model-latest.npz", model.weights_file(self.learner.network))
+        self.directory.write("model-mean.npz", model.weights_file(self.learner.mean_network))
+        self.saved_at = time.monotonic()
 
-    def show(self, now: float) -> None:
-        """Means since the last time: a line or the end of the progress bar, and TensorBoard."""
-        m = self.means(self.shown, now - self.logged)
-        self.shown, self.logged = len(self.rows), now
-        self.add_scalars(m)
-        score = "-" if m["train_score"] is None else f"{m['train_score']:.2f}"
-        queue = f"queue {m['queue_size']:.0f}/{self.options.queue_size}, lag {m['policy_lag']:.2f}"
-        text = f"{m['states_per_s']:.0f} states/s, score {score}, {queue}"
-        self.bar.set_postfix_str(text)
-        if self.bar.disable:
-            steps = f"{self.at['epoch_step']}/{self.options.steps_per_epoch}"
-            self.log(f"epoch {self.at['epoch'] + 1} {steps}: {m['it_per_s']:.2f} it/s, {text}")
 
-    def add_scalars(self, metrics: dict) -> None:
-        """Show what there is in TensorBoard."""
-        if self.rank:
-            return
-        for name, value in metrics.items():
-            if value is not None:
-                with contextlib.suppress(Exception):  # what its thread said already
-                    self.writer.add_scalar(name, value, self.at["global_step"])
+def train(run: Run, track: bool = False) -> None:
+    """Train until the last epoch is done."""
+    from model import DivergedError, RanksError
+    from predictor import Feed
 
-    def end_epoch(self) -> None:
-        """Write down how the epoch went, and evaluate if it is time."""
-        if not self.at["due"]:  # otherwise a run goes on that ended in the evaluation
-            now = time.monotonic()
-            # TensorBoard has means of some seconds; those of the epoch are for stats.json alone.
-            if len(self.rows) + len(self.unread) > self.shown:
-                self.add_scalars(self.means(self.shown, now - self.logged))
-            metrics = self.means(0, now - self.epoch_began)
-            metrics |= dict.fromkeys(EVALUATED)
-            self.at |= {"epoch": self.at["epoch"] + 1, "epoch_step": 0, "due": True}
-            done = {"epoch_num": self.at["epoch"], "global_step": self.at["global_step"]}
-            self.stats.append(done | metrics)
-        epoch = self.at["epoch"]
-        if self.learner.ranks > 1:
-            self.learner.check_ranks()
-        if self.rank == 0 and (epoch % EVAL_EPOCH == 0 or epoch == self.options.max_epoch):
-            self.save()  # so that an end in the evaluation loses nothing
-            self.stats[-1] |= self.evaluate()
-        if epoch < self.options.max_epoch:
-            self.ranks.wait_for_evaluation(self.at["global_step"], self.check)
-        self.at["due"] = False
-        self.add_scalars({name: self.stats[-1].get(name) for name in EVALUATED})
-        self.save()
-        self.log(f"epoch {epoch} is done\n" + common.table(self.stats[-1]))
-        self.logged = time.monotonic()
-
-    def evaluate(self) -> dict[str, float | None]:
-        """Score the network, within EVAL_SHARE of the time of the run, and keep the best one.
-
-        Only an evaluation whose episodes were all played to their end has a score: otherwise the
-        long ones are missing, which are the good ones of many games.
-        """
-        from model import weights_file
-        from predictor import score
-
-        start = time.monotonic()
-        seconds = EVAL_SHARE * (start - self.began) - self.at["evaluated_s"]
-        seconds = max(0.0, seconds / (1 - EVAL_SHARE))  # it is part of the time of the run
-        episodes, seed = self.options.eval_episode, self.options.seed + self.at["epoch"]
-        network, log = self.learner.network, lambda text: self.log(f"evaluation: {text}")
-        log(f"{episodes} episodes in {seconds:.0f} s at most")
+    if run.at.epoch >= run.options.max_epoch and not run.at.due:
+        run.save()
+        raise UserError(f"the run is done: {run.at.epoch} epochs (--max-epoch)", 0)
+    seeds = np.random.SeedSequence((run.options.seed, run.at.starts, run.ranks.rank))
+    on_signals(run.on_signal)
+    with contextlib.ExitStack() as stack:
+        if run.ranks.rank == 0:
+            start_writer(run, track, stack)
+        run.feed = stack.enter_context(
+            contextlib.closing(Feed(run.env_id, run.options, run.learner, seeds))
+        )
         try:
-            done = score(self.env_id, network, episodes, seed, log, seconds, self.check)
-        except (UserError, OSError) as error:  # there is no room for its players on a full disk
-            self.check()  # if it is not an evaluation's, it is raised here
-            log(f"given up: {error}{self.without_best()}")
-            return {}
-        finally:
-            self.at["evaluated_s"] += time.monotonic() - start
-        result, finished = summary(done), sum(episode.finished for episode in done)
-        log(f"mean {result['mean']:.2f}, {finished} of {episodes} episodes played to their end")
-        whole = finished == len(done) == episodes
-        best = self.at["best_score"]
-        if whole and (best is None or result["mean"] > best):
-            if self.write("model-best.npz", weights_file(network)):
-                self.at["best_score"] = result["mean"]
-        elif not whole:
-            log("it is not whole, and decides nothing" + self.without_best())
-        scores = (result["mean"], result["max"]) if whole else (None, None)
-        return dict(zip(EVALUATED, (*scores, finished), strict=True))
+            while run.at.epoch < run.options.max_epoch or run.at.due:
+                run.check()
+                if not run.at.due:
+                    train_epoch(run)
+                end_epoch(run)
+        except (FloatingPointError, DivergedError) as error:  # the last checkpoint is better
+            end_early(run, error, save=False)
+        except RanksError as error:  # gloo fails before an update changes anything, NCCL later
+            end_early(run, error, save=run.ranks.device.type == "cpu")
+        except Exception as error:  # a signal, a simulator, a full memory, a defect
+            end_early(run, error, save=run.is_whole)
+    for error in run.directory.unwritten.values():
+        raise error
 
-    def without_best(self) -> str:
-        """What to do while there is no model-best.npz, as the rest of a sentence."""
-        if self.at["best_score"] is not None:
-            return ""
-        ways = "--task eval, which has no limit of time, or fewer --eval-episode"
-        return f"; no evaluation was whole yet, so there is no model-best.npz: {ways}"
+
+def start_writer(run: Run, track: bool, stack: contextlib.ExitStack) -> None:
+    """Let metrics go to TensorBoard, and to Weights & Biases if `track`, until `stack` ends."""
+    # TensorBoard's thread, on a full disk; all others report by themselves.
+    threading.excepthook = lambda args: run.log(f"warning: {args.exc_value}")
+    path = run.directory.path
+    if track:
+        import wandb
+
+        wandb.init(
+            project="batch-a3c",
+            name=os.path.basename(path),
+            id=run.run_id,
+            resume="allow",
+            dir=path,
+            config=run.config,
+            sync_tensorboard=True,
+        )
+        stack.callback(wandb.finish)
+    from torch.utils.tensorboard import SummaryWriter  # after wandb.init, which replaces a part
+
+    run.metrics.writer = SummaryWriter(path, purge_step=run.at.global_step + 1)
+    stack.enter_context(contextlib.closing(run.metrics))
+
+
+def train_epoch(run: Run) -> None:
+    """The iterations of an epoch that are not done yet."""
+    at, o, metrics = run.at, run.options, run.metrics
+    metrics.start_epoch()
+    run.rates = scheduled_rates(o, at)
+    hide = run.ranks.rank > 0 or None  # None: where there is no terminal
+    run.bar = tqdm(
+        desc=f"epoch {at.epoch + 1}", total=o.steps_per_epoch, initial=at.epoch_step, disable=hide
+    )
+    with run.bar:
+        while at.epoch_step < o.steps_per_epoch:
+            batch, versions = next_batch(run)
+            run.rates = scheduled_rates(o, at)
+            lag = at.global_step - versions
+            extra = (lag.mean(), lag.max(), len(run.feed.queue))  # as metrics.columns end
+            run.is_whole = False
+            metrics.unread.append(run.learner.update(batch, **run.rates, extra=extra))
+            at.global_step += 1
+            at.epoch_step += 1
+            run.is_whole = True
+            run.feed.publish(run.learner.network, at.global_step)
+            run.bar.update()
+            run.is_compared = run.ranks.count == 1
+            if not run.is_compared and at.global_step % CHECK_STEPS == 0:
+                run.learner.check_ranks()
+                run.is_compared = True
+            if at.epoch_step < o.steps_per_epoch:
+                after_iteration(run)
+
+
+def scheduled_rates(o: argparse.Namespace, at: Progress) -> dict[str, float]:
+    """Learning rate and entropy weight of the next iteration."""
+    learning_rate = scheduled(o.learning_rate, at.epoch + 1)
+    entropy_beta = scheduled(o.entropy_beta, at.epoch + 1)
+    if o.anneal:
+        left = 1 - (at.epoch + at.epoch_step / o.steps_per_epoch) / o.max_epoch
+        learning_rate, entropy_beta = learning_rate * left, entropy_beta * left
+    if o.warm_up:
+        learning_rate *= min(1.0, (at.global_step + 1) / o.warm_up)
+    return {"learning_rate": learning_rate, "entropy_beta": entropy_beta}
+
+
+def next_batch(run: Run) -> tuple:
+    """Wait for a batch, and the versions that chose its actions; log what the first one needs."""
+    said_at = time.monotonic()
+    while (batch := run.feed.queue.get(timeout=0.5)) is None:
+        run.check()
+        if not len(run.metrics) and time.monotonic() - said_at > 2:
+            said_at = time.monotonic()
+            there = f"{run.feed.pool.connected} of {run.options.simulator_proc} simulators"
+            states = f"{len(run.feed.queue)} of {run.options.batch_size} states"
+            run.log(f"waiting for the first batch: {there} and {states} are there")
+    return batch
+
+
+def after_iteration(run: Run) -> None:
+    """Do what is due once in a while: read metrics, show them, save; end if something asks to."""
+    now = time.monotonic()
+    if run.ranks.device.type == "cpu" or len(run.metrics.unread) >= 50:  # reading waits for a GPU
+        run.collect()
+    if now - run.metrics.shown_at >= LOG_SECONDS:
+        show(run)
+    if now - run.saved_at >= CHECKPOINT_SECONDS and run.is_compared:
+        run.save()
+    run.check()
+
+
+def show(run: Run) -> None:
+    """Means since the last time: a line or the end of the progress bar, and TensorBoard."""
+    m = run.means(run.metrics.num_shown, run.metrics.shown_at)
+    run.metrics.num_shown, run.metrics.shown_at = len(run.metrics), time.monotonic()
+    run.metrics.add_scalars(m, run.at.global_step)
+    score = "-" if m["train_score"] is None else f"{m['train_score']:.2f}"
+    queue = f"queue {m['queue_size']:.0f}/{run.options.queue_size}, lag {m['policy_lag']:.2f}"
+    text = f"{m['states_per_s']:.0f} states/s, score {score}, {queue}"
+    run.bar.set_postfix_str(text)
+    if run.bar.disable:
+        steps = f"{run.at.epoch_step}/{run.options.steps_per_epoch}"
+        run.log(f"epoch {run.at.epoch + 1} {steps}: {m['it_per_s']:.2f} it/s, {text}")
+
+
+def end_epoch(run: Run) -> None:
+    """Write down how the epoch went, and evaluate if it is time."""
+    at, metrics = run.at, run.metrics
+    if not at.due:  # otherwise a run is resumed that ended in the evaluation
+        # TensorBoard has means of some seconds; those of the epoch are for stats.json alone.
+        if len(metrics) > metrics.num_shown:
+            metrics.add_scalars(run.means(metrics.num_shown, metrics.shown_at), at.global_step)
+        at.epoch, at.epoch_step, at.due = at.epoch + 1, 0, True
+        run.stats.append(
+            {
+                "epoch_num": at.epoch,
+                "global_step": at.global_step,
+                **run.means(0, metrics.epoch_started_at),
+                **NOT_EVALUATED,
+            }
+        )
+    if run.ranks.count > 1:
+        run.learner.check_ranks()
+    is_last = at.epoch >= run.options.max_epoch
+    if run.ranks.rank == 0 and (at.epoch % EVAL_EPOCH == 0 or is_last):
+        run.save()  # so that an end in the evaluation loses nothing
+        run.stats[-1] |= evaluate(run)
+    if not is_last:
+        run.ranks.wait_for_evaluation(at.global_step, run.check)
+    at.due = False
+    metrics.add_scalars({name: run.stats[-1].get(name) for name in NOT_EVALUATED}, at.global_step)
+    run.save()
+    run.log(f"epoch {at.epoch} is done\n" + common.table(run.stats[-1]))
+
+
+# What an evaluation adds to the metrics of an epoch: scores of the latest weights, episodes that
+# they have played to their end, and in the last epoch the score of the mean of the weights.
+NOT_EVALUATED = dict.fromkeys(("mean_score", "max_score", "eval_episodes", "mean_model_score"))
+
+
+def evaluate(run: Run) -> dict[str, float | None]:
+    """Score the network, in the last epoch the mean of the weights too, and keep the best.
+
+    All evaluations together have EVAL_SHARE of the time of the run.
+    """
+    start = time.monotonic()
+    seconds = EVAL_SHARE * (start - run.started_at) - run.at.evaluated_s
+    seconds = max(0.0, seconds / (1 - EVAL_SHARE))  # this one is part of the time of the run
+    try:
+        result = evaluate_network(run, run.learner.network, "evaluation", seconds)
+        if run.at.epoch >= run.options.max_epoch:
+            left = max(0.0, seconds - (time.monotonic() - start))
+            of_mean = evaluate_network(run, run.learner.mean_network, "mean of the weights", left)
+            result["mean_model_score"] = of_mean["mean_score"]
+        return result
+    finally:
+        run.at.evaluated_s += time.monotonic() - start
+
+
+def evaluate_network(run: Run, network, title: str, seconds: float) -> dict[str, float | None]:
+    """Score a network within so many seconds; it becomes model-best.npz if it is the best.
+
+    Only an evaluation whose episodes were all played to their end has a score: otherwise the long
+    ones are missing, which are the good ones of many games.
+    """
+    from model import weights_file
+    from predictor import score
+
+    def log(text: str) -> None:
+        run.log(f"{title}: {text}")
+
+    at, num_episodes = run.at, run.options.eval_episode
+    log(f"{num_episodes} episodes in {seconds:.0f} s at most")
+    seed = (run.options.seed + at.epoch) % 2**32
+    ends: list[Exception] = []  # what ends the run, not only this evaluation
+
+    def check() -> None:
+        try:
+            run.check()
+        except Exception as error:
+            ends.append(error)
+            raise
+
+    try:
+        episodes = score(run.env_id, network, num_episodes, seed, log, seconds, check)
+    except (UserError, OSError) as error:  # no room for its players on a full disk, for example
+        if ends:
+            raise
+        log(f"given up: {error}{without_best(run)}")
+        return dict(NOT_EVALUATED)
+    result, finished = summary(episodes), sum(episode.finished for episode in episodes)
+    log(f"mean {result['mean']:.2f}, {finished} of {num_episodes} episodes played to their end")
+    if finished < num_episodes:
+        log("incomplete, so it does not choose the best model" + without_best(run))
+        return NOT_EVALUATED | {"eval_episodes": finished}
+    is_best = at.best_score is None or result["mean"] > at.best_score
+    if is_best and run.directory.write("model-best.npz", weights_file(network)):
+        at.best_score = result["mean"]
+    return NOT_EVALUATED | {
+        "mean_score": result["mean"],
+        "max_score": result["max"],
+        "eval_episodes": finished,
+    }
+
+
+def without_best(run: Run) -> str:
+    """What to do while there is no model-best.npz, as the rest of a sentence."""
+    if run.at.best_score is not None:
+        return ""
+    ways = "--task eval, which has no limit of time, or fewer --eval-episode"
+    return f"; no evaluation was whole yet, so there is no model-best.npz: {ways}"
+
+
+def end_early(run: Run, error: Exception, save: bool) -> None:
+    """End a run that is not done: save if the weights are good, and raise the reason."""
+    reason = run.ranks.explain(error, run.signum)
+    run.log(f"the run ends: {reason}")
+    if save and len(run.metrics) and not run.ranks.has_bad_weights():
+        run.save()
+    if isinstance(reason, UserError) and run.directory.unwritten:
+        files = ", ".join(run.directory.unwritten)
+        raise UserError(f"{reason}; not written: {files}", reason.code) from error
+    if reason is error:
+        raise error
+    raise reason from error
+
+
+# Tasks
 
 
 def file_name(env_id: str) -> str:
@@ -1306,8 +1564,19 @@ def file_name(env_id: str) -> str:
     return re.sub(r"[^\w.-]", "-", env_id)
 
 
+def game_of_file(path: str) -> str | None:
+    """The registered game that a file is named after: `Breakout-v0-ba3c.npz`, or None."""
+    stem = os.path.basename(path).removesuffix(".npz")
+    games = [game for game in gymnasium.registry if f"{stem}-".startswith(f"{file_name(game)}-")]
+    return max(games, key=len, default=None)
+
+
 def load_for(env_id: str | None, path: str) -> tuple:
     """Game, network, and checkpoint ({} for an .npz) out of a file, which must fit the game."""
+    if env_id is None and path.endswith(".npz"):
+        env_id = game_of_file(path)
+        if env_id is None:
+            raise UserError(f"{path} is not named after a game: give --env ENV", 2)
     game = describe(env_id) if env_id else None
     import model
 
@@ -1333,70 +1602,104 @@ def load_for(env_id: str | None, path: str) -> tuple:
 def task_train(given: dict) -> None:
     """--task train."""
     interrupt_quietly()
-    del given["task"]
     arguments = given.pop("arguments")
+    track = given.pop("track", False)
+    if track and find_spec("wandb") is None:
+        raise UserError("--track needs Weights & Biases: pip install wandb", 2)
+    if "config" in given:
+        if given.get("load", "").endswith(".pt"):
+            raise UserError("--config starts a run, and a checkpoint has options of its own", 2)
+        given = read_config(given.pop("config")) | given
+    del given["task"]
     load, output, saved = given.pop("load", None), given.pop("output", None), {}
-    env_id, kind = given.pop("env", None), given.get("network")
-    gpus, ranks = given.pop("gpu", None), given.pop("ranks", None)
+    env_id, network = given.pop("env", None), None
     if load is not None:
         env_id, network, saved = load_for(env_id, load)
-        if kind not in (None, network.kind):
+        kind = given.setdefault("network", network.kind)
+        if kind != network.kind:
             raise UserError(f"{load} holds the network {network.kind}, not {kind}")
+    elif env_id is None:
+        raise UserError("--env is required, for example --env Breakout-v0", 2)
     game = describe(env_id)
-    env_id, actions = game.env_id, game.num_actions
-    if "key" in given:
-        given["key"] = os.path.abspath(given["key"])
-    before = saved.get("options", {})
-    resumed, changes = resumed_options(before, given)
-    chosen = {"seed": secrets.randbits(32)} | resumed | given
-    chosen["network"] = (kind or "ba3c") if load is None else network.kind
-    place = place_run(env_id, output, saved)
-    import torch
-
     import model
 
-    if not 0 < actions < model.MAX_ACTIONS:
-        raise UserError(f"{env_id} has {actions} actions, not 1 to {model.MAX_ACTIONS - 1}", 2)
-    devices, other_devices = choose_devices(gpus, ranks, before)
-    # What is wrong is said here, before ranks wait for each other.
-    local = in_environment("LOCAL_WORLD_SIZE", len(devices))
-    changes = other_devices + share_simulators(chosen, given, local) + changes
-    options = complete(chosen, devices[0].type == "cpu", local, game.one_per_process)
-    way = ""
-    if place.reason and saved["file"] == os.path.join(place.path, "checkpoint.pt"):
-        way = f"{place.reason}; name another --output"
+    if not 0 < game.num_actions < model.MAX_ACTIONS:
+        limit = f"not 1 to {model.MAX_ACTIONS - 1}"
+        raise UserError(f"{game.env_id} has {game.num_actions} actions, {limit}", 2)
+    place = locate_run(game.env_id, output, saved)
+    devices, chosen, options, changes = plan_run(game, given, saved)
     log_file = None
     if not in_environment("RANK", 0):
-        log_file = open_run(place.path, place.goes_on, way)
+        log_file = open_run(place.path, place.is_resumed, place.way)
     if len(devices) > 1 and "RANK" not in os.environ:
         log_file.close()  # rank 0 opens it again
         return launch(len(devices), arguments)
-    same = {"--env": env_id, "--network": chosen["network"], "as number of actions": actions}
-    same |= {flag(name): vars(options)[name.lower()] for name, *_ in LEARNING}
     with (
         log_file or contextlib.nullcontext(),  # to close it lets go of its lock
         torch_settings_kept(),
-        join_ranks(devices, same, chosen["seed"]) as ranks,
+        join_ranks(devices, shared_options(game, options), chosen["seed"]) as ranks,
     ):
         of_all = {"seed": ranks.seed, "ranks": ranks.count, "gpu": gpu_numbers(ranks.devices)}
         vars(options).update(of_all)
         chosen |= {name: value for name, value in of_all.items() if value is not None}
-        torch.manual_seed(ranks.seed)
-        if load is None:
-            network = model.Network(chosen["network"], actions)
-            if options.center_filters:
-                network.center_filters()
-        run = Training(env_id, chosen, options, network, ranks, place, saved, log_file, changes)
-        run.run()
+        network = new_network(game, options) if network is None else network
+        run = Run(game.env_id, chosen, options, network, ranks, place, saved, log_file, changes)
+        train(run, track)
+
+
+def plan_run(game: common.Game, given: dict, saved: dict) -> tuple:
+    """Devices, chosen options, all options, and what a resumed run has differs from before.
+
+    What is wrong with them is said here, before ranks wait for each other.
+    """
+    gpus, ranks = given.pop("gpu", None), given.pop("ranks", None)
+    if "key" in given:
+        given["key"] = os.path.abspath(given["key"])
+    before = saved.get("options", {})
+    resumed, changes = resumed_options(before, given)
+    chosen = {"seed": secrets.randbits(32), "network": "ba3c"} | resumed | given
+    devices, other_devices = choose_devices(gpus, ranks, before)
+    local_ranks = in_environment("LOCAL_WORLD_SIZE", len(devices))
+    changes = other_devices + share_simulators(chosen, given, local_ranks) + changes
+    on_cpu = devices[0].type == "cpu"
+    options = complete(chosen, on_cpu, local_ranks, game.one_per_process)
+    return devices, chosen, options, changes
+
+
+def shared_options(game: common.Game, options: argparse.Namespace) -> dict:
+    """What all ranks must have in common."""
+    same = {"--env": game.env_id, "--network": options.network}
+    same["as number of actions"] = game.num_actions
+    for option in LEARNING:
+        same[flag(option.name)] = vars(options)[value_name(option.name)]
+    return same
+
+
+def new_network(game: common.Game, options: argparse.Namespace):
+    """A network that has not learned anything."""
+    import torch
+
+    import model
+
+    torch.manual_seed(options.seed)
+    network = model.Network(options.network, game.num_actions)
+    if options.center_filters:
+        network.center_filters()
+    return network
 
 
 def load_agent(given: dict) -> tuple:
     """Game, network, number of episodes and seed of a task that plays."""
-    if "load" not in given:
-        path = os.path.join(os.path.dirname(__file__), "models", f"{given['env']}.npz")
-        way = f", for example {os.path.relpath(path)}" if os.path.exists(path) else ""
-        raise UserError(f"--task {given['task']} needs --load FILE{way}", 2)
-    env_id, network, _ = load_for(given.get("env"), given["load"])
+    env_id, path = given.get("env"), given.get("load")
+    if path is None:
+        if env_id is None:
+            raise UserError("--env is required, for example --env Breakout-v0", 2)
+        env_id = describe(env_id).env_id
+        path = os.path.join(MODELS, f"{file_name(env_id)}.npz")
+        if not os.path.exists(path):
+            raise UserError(f"there is no agent for {env_id} in {MODELS}: give --load FILE", 2)
+        print(f"the agent is {os.path.relpath(path)}")
+    env_id, network, _ = load_for(env_id, path)
     device = find_devices(given.get("gpu"), None)[0]
     if device.type == "cuda":
         import torch
@@ -1409,12 +1712,12 @@ def load_agent(given: dict) -> tuple:
 def task_eval(given: dict) -> None:
     """--task eval."""
     start = time.monotonic()
-    env_id, network, count, seed = load_agent(given)
+    env_id, network, num_episodes, seed = load_agent(given)
     from predictor import score
 
     output = given.get("output")
     with common.output_directory(output):
-        episodes = score(env_id, network, count, seed, log=print)
+        episodes = score(env_id, network, num_episodes, seed, log=print)
         seconds = round(time.monotonic() - start, 1)
         print(common.table(summary(episodes) | {"seed": seed, "seconds": seconds}))
         if output is not None:
@@ -1423,37 +1726,41 @@ def task_eval(given: dict) -> None:
             write_file(path, json.dumps(result, indent=1).encode())
 
 
-def watch(players, network, count: int, seed: int, each: Callable) -> None:
-    """Play `count` episodes, one after the other; calls `each` with those so far after each."""
-    from predictor import policy_of
+def watch(players, network, num_episodes: int, seed: int, each: Callable) -> None:
+    """Play episodes one after the other; calls `each` with those so far after each."""
+    import predictor
 
     episodes: list = []
+    policy = predictor.policy_of(network)
     with contextlib.closing(players):
         try:
-            for done in common.evaluate(players, policy_of(network), count, seed, math.inf):
+            for done in predictor.evaluate(players, policy, num_episodes, seed, math.inf):
                 if len(done) > len(episodes):
-                    with undisturbed():
+                    with signals_deferred():
                         episodes = list(done)
                         each(episodes)
                     last = common.number(episodes[-1].score)
-                    print(f"{len(episodes)}/{count}, score={last}", flush=True)
+                    print(f"{len(episodes)}/{num_episodes}, score={last}", flush=True)
         finally:
             print(common.table(summary(episodes) if episodes else {"episodes": 0}))
 
 
 def task_play(given: dict) -> None:
     """--task play."""
-    env_id, network, count, seed = load_agent(given)
+    env_id, network, num_episodes, seed = load_agent(given)
+    from predictor import VectorPlayers
+    from simulator import SimulatorError
+
     if "output" in given:
         output = os.path.abspath(given["output"])  # wherever a game goes
         with common.output_directory(output):
             players = Recorder(
                 env_id, seed, lambda episode: os.path.join(output, f"episode{episode:06}.mp4")
             )
-            return watch(players, network, count, seed, lambda episodes: None)
+            return watch(players, network, num_episodes, seed, lambda episodes: None)
     players = VectorPlayers(env_id, 1, seed, lambda: None, "--window")
     try:
-        watch(players, network, count, seed, lambda episodes: None)
+        watch(players, network, num_episodes, seed, lambda episodes: None)
     except SimulatorError as error:
         if error.exit_code != 0:  # 0: the window was closed
             raise UserError(f"{error}; --output DIR writes videos instead") from error
@@ -1461,12 +1768,12 @@ def task_play(given: dict) -> None:
 
 def task_gen_submit(given: dict) -> None:
     """--task gen_submit."""
-    env_id, network, count, seed = load_agent(given)
+    env_id, network, num_episodes, seed = load_agent(given)
     output = os.path.abspath(given.get("output", "output_dir"))  # wherever a game goes
-    from model import weights_file
+    from model import STATE_SHAPE, weights_file
 
-    if count < 100:
-        print(f"{count} episodes: gym scores a submission of 100 or more")
+    if num_episodes < 100:
+        print(f"{num_episodes} episodes: gym scores a submission of 100 or more")
     prefix = os.path.join(output, f"openaigym.video.0.{os.getpid()}.video")
     cubes = {k**3 for k in range(10)}  # and from 1,000 on the thousands, as gym's Monitor does
 
@@ -1475,8 +1782,14 @@ def task_gen_submit(given: dict) -> None:
         return f"{prefix}{episode:06}.mp4" if recorded else None
 
     model, weights = file_name(env_id) + ".npz", weights_file(network)
-    config = {"env_id": env_id, "network": network.kind, "num_actions": network.num_actions}
-    config |= {"seed": seed, "state_shape": STATE_SHAPE, "random_actions": common.RANDOM_ACTIONS}
+    config = {
+        "env_id": env_id,
+        "network": network.kind,
+        "num_actions": network.num_actions,
+        "seed": seed,
+        "state_shape": STATE_SHAPE,
+        "random_actions": common.RANDOM_ACTIONS,
+    }
 
     def submit(episodes: list) -> None:
         common.write_submission(output, env_id, recorder, episodes, model, config, weights)
@@ -1484,7 +1797,7 @@ def task_gen_submit(given: dict) -> None:
     with common.output_directory(output):
         recorder = Recorder(env_id, seed, path_of)
         try:
-            watch(recorder, network, count, seed, submit)
+            watch(recorder, network, num_episodes, seed, submit)
         finally:
             if recorder.replay is None:  # there is no submission that its videos belong to
                 for video in recorder.finished.values():
@@ -1562,7 +1875,7 @@ def run_task(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What ranks have to say of each other is one sentence, not torch's warnings.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    on_signals(stop, SIGNALS[1:])
+    on_signals(raise_stopped, SIGNALS[1:])
     if INTERRUPTIBLE and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -72,7 +72,8 @@ def player_rate(o, env_id: str, seconds: float) -> float:
     player.reset(seed=0)
 
     def step():
-        if player.step(rng.randrange(player.num_actions))[2]:
+        _, _, terminated, truncated, _ = player.step(rng.randrange(player.num_actions))
+        if terminated or truncated:
             player.reset()
 
     return rate(step, 1, seconds)
@@ -229,7 +230,7 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
             policy[: sum(map(len, parts))],
             policy[: sum(map(len, parts)), 0],
         )
-    undo = [timed(predictor.Replica, "predict", spent), timed(predictor.Feed, "answer", spent)]
+    undo = [timed(predictor.Replica, "predict", spent), timed(predictor.Predictor, "answer", spent)]
     feed = predictor.Feed(env_id, o, learner, np.random.SeedSequence(0))
     pids: list[int] = []
     states, lags, begin = 0, [], None
@@ -239,11 +240,11 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
             if (got := feed.queue.get(timeout=0.5)) is None:
                 feed.check()
                 continue
-            if begin is None and feed.fleet.connected == o.simulator_proc:
+            if begin is None and feed.pool.connected == o.simulator_proc:
                 warm = min(warm, time.monotonic() + 3)
                 if time.monotonic() >= warm or seconds < 1:
                     feed.check()
-                    pids = [worker.process.pid for worker in feed.fleet.workers]
+                    pids = [slot.process.pid for slot in feed.pool.slots]
                     cpu = time.process_time(), sum(map(tree_seconds, pids))
                     begin = (time.monotonic(), *cpu, dict(spent))
                     states, lags = 0, []
@@ -276,7 +277,7 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
         "core-us main": main * us,
         "core-us simulators": simulators * us,
         "core-us predict": parts["predict"] * us,
-        "core-us transport and books": (parts["answer"] - parts["predict"]) * us,
+        "core-us transport and rollouts": (parts["answer"] - parts["predict"]) * us,
         "core-us train": (main - parts["answer"]) * us,
         "core-us waiting": (CORES * wall - main - simulators) * us,
     }

@@ -1,8 +1,15 @@
 """Settings of all tests."""
 
+import ctypes
+import gc
 import os
 import signal
+import sys
+import time
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program does, before torch is loaded
+
+import pytest
 import torch
 
 # A shell that starts the tests in the background, or nohup, has made them ignore these, and all
@@ -23,3 +30,18 @@ else:
 if torch.cuda.is_available():
     torch.cuda.init()
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def memory_returned():
+    """What a run in this process has left is freed, and goes back to the system.
+
+    Its objects refer to each other, so that they wait for the garbage collector, which does not
+    know how large they are.
+    """
+    start = time.monotonic()
+    yield
+    if time.monotonic() - start > 0.5:  # shorter tests run nothing, and collecting takes time too
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.test_train_atari import ROOT
+from tests.helpers import ROOT
 
 TINY = ("--network", "a3c", "--batch-size", "16", "--simulator-proc", "1")
 
@@ -14,7 +14,7 @@ TINY = ("--network", "a3c", "--batch-size", "16", "--simulator-proc", "1")
 @pytest.mark.parametrize(
     "what, rows",
     [
-        ("pipeline", ("states/s", "share of players alone", "core-us transport and books")),
+        ("pipeline", ("states/s", "share of players alone", "core-us transport and rollouts")),
         ("train --simulate-gpu 1 2", ("states/s", "lag mean", "core-us train")),
         ("ranks", ("states/s of 1", "states/s of 2", "ratio")),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import common
-from common import Episode, Player, UserError, evaluate, make_env, summary
+from common import Player, UserError, make_env
 
 
 class Script(gymnasium.Env):
@@ -42,7 +42,7 @@ class Script(gymnasium.Env):
 def test_fire_on_reset():
     env = Script()
     player = Player(env)
-    frame = player.reset()
+    frame, _ = player.reset()
     assert env.calls == ["reset", 1, 2]
     assert frame[0, 0, 0] == 30 and frame.shape == (84, 84, 3)
     assert (player.score, player.length) == (0, 0)  # what firing earned is dropped
@@ -55,7 +55,7 @@ def test_fire_on_reset_where_it_ends_the_episode():
     Player(env).reset()
     assert env.calls == ["reset", 1, "reset", 2]
     env = Script(ends=(2,))
-    frame = Player(env).reset()
+    frame, _ = Player(env).reset()
     assert env.calls == ["reset", 1, 2, "reset"]
     assert frame[0, 0, 0] == 40
 
@@ -73,7 +73,7 @@ def test_step_limit_ends_the_episode_and_lost_lives_do_not():
     player.env = Script()
     for _ in range(2):
         player.reset()
-        overs = [player.step(0)[2] for _ in range(common.MAX_EPISODE_STEPS)]
+        overs = [player.step(0)[3] for _ in range(common.MAX_EPISODE_STEPS)]
         assert overs.index(True) == 9_999 and len(overs) == 10_000
         assert (player.score, player.length) == (25_000, 10_000)
 
@@ -88,7 +88,7 @@ def test_real_games(env_id, fires, height):
     reference = gymnasium.make(env_id, disable_env_checker=True)
     player = Player(env)
     assert bool(player.start_actions) == fires == ("FIRE" in env.unwrapped.get_action_meanings())
-    first = player.reset(seed=3)
+    first, _ = player.reset(seed=3)
     expected, _ = reference.reset(seed=3)
     for action in (1, 2) if fires else ():
         expected = reference.step(action)[0]
@@ -96,12 +96,14 @@ def test_real_games(env_id, fires, height):
     rng, lives = np.random.default_rng(0), set()
     for _ in range(300):
         action = int(rng.integers(player.num_actions))
-        frame, reward, is_over = player.step(action)
-        expected, expected_reward, terminated, truncated, info = reference.step(action)
-        lives.add(info["lives"])
+        frame, reward, *ends = player.step(action)
+        expected, expected_reward, *expected_ends = reference.step(action)
+        lost = bool(lives) and expected_ends[2]["lives"] < min(lives)
+        assert player.life_lost == lost
+        lives.add(expected_ends[2]["lives"])
         np.testing.assert_array_equal(frame, cv2.resize(expected, (84, 84)))
-        assert (reward, is_over) == (expected_reward, terminated or truncated)
-        if is_over:
+        assert (reward, ends) == (expected_reward, expected_ends)
+        if ends[0] or ends[1]:
             break
     if env_id == "Breakout-v0":
         assert len(lives) > 1  # a life was lost, and the episode went on
@@ -111,81 +113,6 @@ def test_breakout_is_the_stochastic_v0():
     env = make_env("Breakout-v0").unwrapped
     assert env.ale.getFloat("repeat_action_probability") == 0.25
     assert gymnasium.spec("Breakout-v0").kwargs["frameskip"] == (2, 5)  # 2 to 4
-
-
-class Scripted:
-    """Side by side: episode k of player i lasts `length(i, k)` steps and earns 1 in each."""
-
-    def __init__(self, num_players, length):
-        self.num_players, self.length = num_players, length
-
-    def step(self, actions):
-        n = self.num_players
-        if actions is None:
-            self.episode, self.steps = np.zeros((2, n), int)
-            return np.zeros((n, 84, 84, 3), np.uint8), np.zeros(n), np.zeros(n, bool)
-        self.steps += 1
-        over = np.array([self.steps[i] == self.length(i, self.episode[i]) for i in range(n)])
-        self.episode += over
-        self.steps[over] = 0
-        return np.zeros((n, 84, 84, 3), np.uint8), np.ones(n), over
-
-
-def uniform(states):
-    return np.full((len(states), 4), 0.25)
-
-
-def test_every_episode_that_starts_counts():
-    """One player plays long episodes, the other short ones: the long one must not be dropped."""
-    players = Scripted(2, lambda player, episode: 40 if player == 0 else 4)
-    *_, done = evaluate(players, uniform, episodes=5, seed=0, seconds=1e9)
-    assert sorted(done) == [Episode(4, 4, True)] * 4 + [Episode(40, 40, True)]
-    assert summary(done)["mean"] == pytest.approx((4 * 4 + 40) / 5)
-    assert summary(done)["episodes"] == 5
-
-
-def test_the_states_of_an_evaluation_stack_frames_of_one_episode_only():
-    frames = np.random.default_rng(0).integers(1, 256, (9, 2, 84, 84, 3), dtype=np.uint8)
-    players = Scripted(2, lambda player, episode: 8 if player == 0 else 3)
-    step, count, seen = players.step, 0, []
-
-    def show(actions):
-        nonlocal count
-        count += 1
-        return frames[count - 1], *step(actions)[1:]
-
-    def policy_of(states):
-        seen.append(states.copy())
-        return uniform(states)
-
-    players.step = show
-    list(evaluate(players, policy_of, episodes=3, seed=0, seconds=1e9))
-    assert len(seen) >= 6
-    for i, states in enumerate(seen):
-        for player, start in ((0, 0), (1, i - i % 3)):
-            for j, frame in zip(range(i - 3, i + 1), states[player], strict=True):
-                expected = frames[j, player] if j >= start else np.zeros((84, 84, 3))
-                np.testing.assert_array_equal(frame, expected)
-
-
-def test_more_players_than_episodes():
-    players = Scripted(4, lambda player, episode: 3 + player)
-    *_, done = evaluate(players, uniform, episodes=2, seed=0, seconds=1e9)
-    assert done == [Episode(3, 3, True), Episode(4, 4, True)]
-
-
-def test_when_the_time_is_over_episodes_are_cut_short():
-    players = Scripted(3, lambda player, episode: 10**9)
-    *_, done = evaluate(players, uniform, episodes=30, seed=0, seconds=0.2)
-    assert len(done) == 3 and not any(episode.finished for episode in done)
-    assert all(episode.score == episode.length > 0 for episode in done)
-
-
-def test_actions_are_greedy_but_for_one_in_a_hundred():
-    policy = np.tile([0.1, 0.2, 0.6, 0.1], (100_000, 1))
-    actions = common.greedy_actions(policy, np.random.default_rng(0))
-    others = np.bincount(actions, minlength=4)[[0, 1, 3]]
-    np.testing.assert_allclose(others, 250, atol=5 * np.sqrt(250))
 
 
 def test_unknown_game_gets_the_nearest_names():
@@ -220,17 +147,6 @@ def test_a_file_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
     common.write_file(str(path), b"new")
     assert path.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_files_that_belong_together_take_their_places_together(tmp_path):
-    (tmp_path / "video").write_bytes(b"frames")
-    one, two, copied = (str(tmp_path / name) for name in ("one", "two", "copied"))
-    common.write_files({one: b"1", copied: str(tmp_path / "video"), two: b"2"})
-    assert (tmp_path / "copied").read_bytes() == b"frames"
-    with pytest.raises(OSError, match=r"cannot write .*two: No such file"):
-        common.write_files({one: b"new", two: str(tmp_path / "nowhere")})
-    assert (tmp_path / "one").read_bytes() == b"1" and (tmp_path / "two").read_bytes() == b"2"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copied", "one", "two", "video"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ import predictor
 import simulator
 import train_atari
 from common import Episode
-from train_atari import Place, Ranks, Training, complete, load_for, main, open_run
+from train_atari import Ranks, Run, RunLocation, complete, load_for, main, open_run
 
 GAME = "tests.games:Catch-v0"
 CATCH = ("--env", GAME)
@@ -87,11 +87,12 @@ def make_training(path, saved=None):
     chosen = {"seed": 1, "network": "a3c", "eval_episode": 4, "steps_per_epoch": 10}
     options = complete(chosen, on_cpu=True)
     network = model.Network("a3c", 3)
-    log_file = open_run(str(path), goes_on=True)
+    log_file = open_run(str(path), is_resumed=True)
     ranks = Ranks(torch.device("cpu"), {}, seed=1)  # this one alone
-    place = Place(str(path), bool(saved), "a place")
-    made = Training(GAME, chosen, options, network, ranks, place, saved or {}, log_file, [])
+    place = RunLocation(str(path), bool(saved), "a place")
+    made = Run(GAME, chosen, options, network, ranks, place, saved or {}, log_file, [])
     made.feed = SimpleNamespace(check=list, scores=[])
+    made.bar = SimpleNamespace(disable=False, set_postfix_str=lambda text: None)
     return made
 
 
@@ -99,13 +100,13 @@ def make_training(path, saved=None):
 def training(tmp_path):
     made = make_training(tmp_path / "run")
     yield made
-    made.log_file.close()
+    made.directory.log_file.close()
 
 
 def resumed(training, tmp_path):
     """The same run, started again from its checkpoint."""
     training.save()
-    training.log_file.close()
+    training.directory.log_file.close()
     path = tmp_path / "run" / "checkpoint.pt"
     _, _, saved = load_for(GAME, str(path))
     return make_training(tmp_path / "run", saved)
@@ -116,34 +117,37 @@ def evaluated(training, monkeypatch, scores, finished=True):
     training.learner.network.load_state_dict(model.Network("a3c", 3).state_dict())
     episodes = [Episode(float(score), 30, finished) for score in scores]
     monkeypatch.setattr("predictor.score", lambda *_, **__: episodes)
-    return training.evaluate(), model.weights_file(training.learner.network)
+    return train_atari.evaluate(training), model.weights_file(training.learner.network)
+
+
+NOTHING = train_atari.NOT_EVALUATED
 
 
 def test_only_whole_evaluations_choose_the_best_model(training, tmp_path, monkeypatch):
     best = tmp_path / "run" / "model-best.npz"
     # Nobody has scored these wholly: one of four episodes, and four that were cut short.
     result, _ = evaluated(training, monkeypatch, [90])
-    assert result == {"mean_score": None, "max_score": None, "eval_episodes": 1}
+    assert result == {**NOTHING, "eval_episodes": 1}
     result, _ = evaluated(training, monkeypatch, [90] * 4, finished=False)
-    assert result == {"mean_score": None, "max_score": None, "eval_episodes": 0}
-    assert not best.exists() and training.at["best_score"] is None
+    assert result == {**NOTHING, "eval_episodes": 0}
+    assert not best.exists() and training.at.best_score is None
     log = (tmp_path / "run" / "log.log").read_text()
     assert "there is no model-best.npz: --task eval" in log and "fewer --eval-episode" in log
     # The first whole one, one that is better, one that is not, one that is not whole.
     result, first = evaluated(training, monkeypatch, [1, 2, 3, 4])
-    assert result == {"mean_score": 2.5, "max_score": 4, "eval_episodes": 4}
+    assert result == {**NOTHING, "mean_score": 2.5, "max_score": 4, "eval_episodes": 4}
     assert best.read_bytes() == first
     _, better = evaluated(training, monkeypatch, [3] * 4)
     assert best.read_bytes() == better != first
     for scores in ([2] * 4, [3] * 4, [90] * 3):
         evaluated(training, monkeypatch, scores)
-        assert best.read_bytes() == better and training.at["best_score"] == 3
+        assert best.read_bytes() == better and training.at.best_score == 3
     # Across a resume the same holds.
     again = resumed(training, tmp_path)
-    with again.log_file:
+    with again.directory.log_file:
         for scores in ([2] * 4, [90] * 3):
             evaluated(again, monkeypatch, scores)
-            assert best.read_bytes() == better and again.at["best_score"] == 3
+            assert best.read_bytes() == better and again.at.best_score == 3
         _, best_of_all = evaluated(again, monkeypatch, [4] * 4)
         assert best.read_bytes() == best_of_all
     assert (
@@ -157,10 +161,10 @@ def test_the_best_score_is_that_of_a_file(training, tmp_path, monkeypatch):
     with monkeypatch.context() as full:
         full.setattr("train_atari.write_file", lambda *_: os.open("/nowhere/x", os.O_RDONLY))
         evaluated(training, monkeypatch, [9] * 4)
-    assert training.at["best_score"] is None and "model-best.npz" in training.unwritten
+    assert training.at.best_score is None and "model-best.npz" in training.directory.unwritten
     _, written = evaluated(training, monkeypatch, [5] * 4)
-    assert path.read_bytes() == written and training.at["best_score"] == 5
-    assert not training.unwritten
+    assert path.read_bytes() == written and training.at.best_score == 5
+    assert not training.directory.unwritten
 
 
 def test_evaluations_have_a_fifth_of_the_time_of_a_run(training, monkeypatch):
@@ -169,18 +173,18 @@ def test_evaluations_have_a_fifth_of_the_time_of_a_run(training, monkeypatch):
     def score(env_id, network, episodes, seed, log, limit, check):
         assert episodes == 4
         seconds.append(limit)
-        training.began -= 10.0  # as long as it takes
+        training.started_at -= 10.0  # as long as it takes
         return [Episode(1.0, 30, True)] * 4
 
     monkeypatch.setattr("predictor.score", score)
-    training.began = time.monotonic() - 100.0
-    training.evaluate()
+    training.started_at = time.monotonic() - 100.0
+    train_atari.evaluate(training)
     assert seconds[0] == pytest.approx(25.0, abs=0.5)  # of 125
-    training.at["evaluated_s"] = 10.0
-    training.evaluate()
+    training.at.evaluated_s = 10.0
+    train_atari.evaluate(training)
     assert seconds[1] == pytest.approx((0.2 * 110 - 10) / 0.8, abs=0.5)
-    training.at["evaluated_s"] = 1000.0  # more than that, by the start of its players
-    training.evaluate()
+    training.at.evaluated_s = 1000.0  # more than that, by the start of its players
+    train_atari.evaluate(training)
     assert seconds[2] == 0.0
 
 
@@ -188,6 +192,26 @@ def test_a_score_is_limited_in_time(monkeypatch):
     """Two hundred episodes do not fit into a moment, and those that do are not whole."""
     done = predictor.score(GAME, model.Network("a3c", 3), 200, 1, print, seconds=0.5)
     assert 0 < len(done) < 200
+
+
+def test_what_ends_the_run_is_not_taken_for_the_end_of_an_evaluation(training, monkeypatch):
+    def fail():
+        raise common.UserError("simulator 0 ended with code 1: the game broke")
+
+    training.feed.check = fail
+    monkeypatch.setattr("predictor.score", lambda *args: args[-1]())
+    with pytest.raises(common.UserError, match="the game broke"):
+        train_atari.evaluate(training)
+
+
+def test_the_seed_of_an_evaluation_is_one_that_simulators_take(training, monkeypatch):
+    seeds = []
+    training.options.seed, training.at.epoch = 2**32 - 1, 3
+    monkeypatch.setattr(
+        "predictor.score", lambda *args: seeds.append(args[3]) or [Episode(1.0, 30, True)] * 4
+    )
+    train_atari.evaluate(training)
+    assert seeds == [2]
 
 
 def test_an_evaluation_that_is_given_up_keeps_the_threads_of_torch(training, monkeypatch):
@@ -199,30 +223,29 @@ def test_an_evaluation_that_is_given_up_keeps_the_threads_of_torch(training, mon
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert training.evaluate() == {}
+        assert train_atari.evaluate(training) == train_atari.NOT_EVALUATED
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
 
 
 def test_tensorboard_has_means_of_seconds_and_an_epoch_has_its_own(training, monkeypatch):
-    scalars = []
-    training.writer = SimpleNamespace(add_scalar=lambda *a: scalars.append(a))
+    scalars, metrics = [], training.metrics
+    metrics.writer = SimpleNamespace(add_scalar=lambda *a: scalars.append(a))
     training.rates = {"learning_rate": 1e-3, "entropy_beta": 0.01}
     monkeypatch.setattr(training, "save", lambda: None)
-    training.bar = SimpleNamespace(disable=False, set_postfix_str=lambda text: None)
-    training.epoch_began = time.monotonic() - 1.0
-    cost = training.columns.index("cost")
+    metrics.epoch_started_at = time.monotonic() - 1.0
+    cost = metrics.columns.index("cost")
     for step in range(10):
-        training.at["global_step"] = step + 1
-        training.rows.append(np.zeros(len(training.columns)))
-        training.rows[-1][cost] = step
+        training.at.global_step = step + 1
+        metrics.rows.append(np.zeros(len(metrics.columns)))
+        metrics.rows[-1][cost] = step
         if step == 5:
-            training.show(time.monotonic())
+            train_atari.show(training)
     evaluation = {"mean_score": 5.0, "max_score": 7.0, "eval_episodes": 4}
-    monkeypatch.setattr(training, "evaluate", lambda: evaluation)
+    monkeypatch.setattr("train_atari.evaluate", lambda run: evaluation)
     monkeypatch.setattr("train_atari.EVAL_EPOCH", 1)
-    training.end_epoch()
+    train_atari.end_epoch(training)
     assert [s[1:] for s in scalars if s[0] == "cost"] == [(2.5, 6), (7.5, 10)]
     assert training.stats[-1]["cost"] == 4.5
     for name, value in evaluation.items():
@@ -265,16 +288,15 @@ def test_what_tasks_print_has_whole_numbers(training, weights, tmp_path, monkeyp
     step = common.Player.step
     monkeypatch.setattr(
         "common.Player.step",
-        lambda self, action: (step(self, action)[0], 1e6, self.length == 2),
+        lambda self, action: (step(self, action)[0], 1e6, self.length == 2, False, {}),
     )
     assert main(["--task", "play", *CATCH, "--load", weights, "--episode", 1, "--output", "v"]) == 0
     printed = capsys.readouterr().out
     assert "1/1, score=2000000\n" in printed or "1/1, score=-" not in printed
     assert "e+0" not in printed
-    training.at |= {"epoch": 2, "epoch_step": 0, "due": True, "global_step": 16184832}
+    training.at = train_atari.Progress(epoch=2, due=True, global_step=16184832)
     training.stats = [{"epoch_num": 1}, {"epoch_num": 2, "global_step": 16184832, "cost": 2e6}]
-    training.writer = SimpleNamespace(add_scalar=lambda *a: None)
-    training.end_epoch()
+    train_atari.end_epoch(training)
     printed = " ".join(capsys.readouterr().out.split())
     assert "global_step 16184832 cost 2000000 " in printed
 
@@ -289,7 +311,7 @@ def goes_on_in(path, arguments, capsys):
     printed = capsys.readouterr()
     assert code == 0 and "the run is done" in printed.err, printed
     changed = contents(path) != before
-    assert (f"the run goes on in {path}" in printed.out) == changed
+    assert (f"the run is resumed in {path}" in printed.out) == changed
     assert ("a new run in" in printed.out) != changed
     return changed
 
@@ -300,6 +322,18 @@ def test_a_run_goes_on_in_its_own_directory(run, tmp_path, capsys):
     os.symlink("run", "link")
     assert goes_on_in(tmp_path / "link", ("--load", "link/checkpoint.pt", "--output", run), capsys)
     assert not os.path.exists("train_log")
+
+
+def test_an_epoch_that_has_become_shorter_is_done(run):
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["at"] |= {"epoch": 1, "epoch_step": 2}
+    state["stats"] = state["stats"][:1]
+    torch.save(state, run / "checkpoint.pt")
+    shorter = ("--steps-per-epoch", 2, "--max-epoch", 2)
+    assert main([*CATCH, "--load", run / "checkpoint.pt", *shorter]) == 0
+    epochs = json.loads((run / "stats.json").read_text())
+    assert [epoch["epoch_num"] for epoch in epochs] == [1, 2] and epochs[1]["cost"] is None
+    assert epochs[1]["learning_rate"] == epochs[0]["learning_rate"]
 
 
 def test_a_copy_of_a_whole_directory_is_a_directory_of_its_own(run, tmp_path, capsys):
@@ -414,10 +448,10 @@ def test_a_configuration_that_could_not_be_written_is_written_later(training, tm
     path = tmp_path / "run" / "config.json"
     config = path.read_text()
     path.unlink()
-    training.unwritten["config.json"] = OSError("no room")
+    training.directory.unwritten["config.json"] = OSError("no room")
     training.save()
     assert path.read_text() == config and json.loads(config)["run_id"] == training.run_id
-    assert not training.unwritten
+    assert not training.directory.unwritten
 
 
 # What a checkpoint must hold
@@ -460,7 +494,7 @@ def test_a_checkpoint_without_a_key_or_with_a_wrong_type_is_refused(run):
         # An option or a metric may be missing: earlier versions had fewer, and a run has defaults.
         known = place[0] in ("options", "stats") and len(place) > 1
         needed = ("epoch_num", "global_step")
-        optional = place[-1] in ("due", "run_id") or (known and place[-1] not in needed)
+        optional = place[-1] in ("due", "run_id", "mean") or (known and place[-1] not in needed)
         states = [changed(good, place, value={"wrong": ["type"]})]
         if not optional:
             states.append(changed(good, place))
@@ -557,7 +591,7 @@ def fail(*_, **__):
         ("gen_submit", "common.Video.write", fail, 1),
         ("gen_submit", "common.Video.finish", interrupt, 130),
         ("gen_submit", "common.write_submission", fail, 1),
-        ("gen_submit", "common.write_files", fail, 1),
+        ("gen_submit", "common.write_file", fail, 1),
         ("play", "common.Video.write", interrupt, 130),
         ("play", "common.Video.finish", fail, 1),
         ("eval", "predictor.VectorPlayers", fail, 1),
@@ -646,18 +680,18 @@ def temporary(request, tmp_path, monkeypatch):
 
 
 def test_what_was_left_is_removed_and_nothing_else(temporary, monkeypatch):
-    left, fresh, foreign = (temporary / f"{simulator.PREFIX}{name}" for name in "abc")
+    left, fresh, foreign = (temporary / f"{common.PREFIX}{name}" for name in "abc")
     for path in (left, foreign):
         path.mkdir()
         (path / "log").write_text("")
         os.utime(path, (0, 0))
     fresh.mkdir()
-    os.mkfifo(temporary / f"{simulator.PREFIX}pipe")  # nobody will ever open its other end
-    os.utime(temporary / f"{simulator.PREFIX}pipe", (0, 0))
+    os.mkfifo(temporary / f"{common.PREFIX}pipe")  # nobody will ever open its other end
+    os.utime(temporary / f"{common.PREFIX}pipe", (0, 0))
     elsewhere = temporary / "elsewhere"
     elsewhere.mkdir()
     os.utime(elsewhere, (0, 0))
-    os.symlink(elsewhere, temporary / f"{simulator.PREFIX}link")
+    os.symlink(elsewhere, temporary / f"{common.PREFIX}link")
     held = os.stat(foreign).st_ino
     stat = os.stat
 
@@ -669,12 +703,12 @@ def test_what_was_left_is_removed_and_nothing_else(temporary, monkeypatch):
         )
 
     with monkeypatch.context() as seen:
-        seen.setattr("simulator.os.stat", owner)
-        swept = threading.Thread(target=simulator.sweep, daemon=True)
+        seen.setattr("common.os.stat", owner)
+        swept = threading.Thread(target=common.remove_leftovers, daemon=True)
         swept.start()
         swept.join(10)
     assert not swept.is_alive()
-    names = {path.name.removeprefix(simulator.PREFIX) for path in temporary.iterdir()}
+    names = {path.name.removeprefix(common.PREFIX) for path in temporary.iterdir()}
     assert names == {"b", "c", "pipe", "link", "elsewhere"}
 
 
@@ -712,6 +746,84 @@ def test_an_option_that_a_task_has_not_is_refused(capsys, arguments, text):
     assert os.listdir() == []
 
 
+def test_a_file_that_is_named_after_a_game_needs_no_env():
+    for file, game in (
+        ("Breakout-v0.npz", "Breakout-v0"),
+        ("models/Breakout-v0-ba3c.npz", "Breakout-v0"),
+        ("ALE-Breakout-v5.npz", "ALE/Breakout-v5"),
+        ("ALE-Breakout-v5-2.npz", "ALE/Breakout-v5"),
+        ("model-best.npz", None),
+        ("Breakout-v01.npz", None),
+    ):
+        assert train_atari.game_of_file(file) == game, file
+
+
+def test_without_a_file_the_agent_of_the_game_plays(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train_atari.MODELS", str(tmp_path))
+    monkeypatch.setattr("predictor.score", lambda *_, **__: [Episode(1.0, 2, True)])
+    shutil.copy(weights, "tests.games-Catch-v0.npz")
+    assert main(["--task", "eval", *CATCH]) == 0
+    assert "the agent is tests.games-Catch-v0.npz" in capsys.readouterr().out
+    assert main(["--task", "eval", "--env", "Pong-v0"]) == 2
+    assert "there is no agent for Pong-v0 in" in sentence_of(capsys)
+
+
+def test_a_run_takes_the_options_of_another_one(run, tmp_path, capsys):
+    """All of learning, those of speed that were chosen there, and what is given beside it."""
+    config = json.loads((run / "config.json").read_text())
+    config |= {"gamma": 0.9, "queue_size": 77}  # the second followed from others
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["--config", "config.json", "--output", "new", "--max-epoch", 1]
+    assert main([*arguments, "--eval-episode", 2]) == 0
+    made = json.loads((tmp_path / "new" / "config.json").read_text())
+    expected = {"env": GAME, "network": "a3c", "seed": 1, "batch_size": 16, "steps_per_epoch": 3}
+    expected |= {"gamma": 0.9, "queue_size": 16, "simulator_proc": 1, "eval_episode": 2}
+    expected |= {"players_per_simulator": 4, "max_epoch": 1}
+    assert {name: made[name] for name in expected} == expected
+    config["batch_size"] = "many"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main([*arguments, "--output", "other"]) == 2
+    assert "config.json is not usable: its options are wrong" in sentence_of(capsys)
+    assert not os.path.exists("other")
+
+
+def test_metrics_go_to_weights_and_biases_if_asked(tmp_path, monkeypatch):
+    """By its synchronization with TensorBoard, which begins before the writer is made."""
+    calls = []
+    wandb = SimpleNamespace(
+        init=lambda **how: calls.append(how), finish=lambda: calls.append("finish")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("train_atari.find_spec", lambda name: name == "wandb")
+    assert main([*CATCH, *TINY, "--track", "--output", "run"]) == 0
+    started, finished = calls
+    assert started["sync_tensorboard"] is True and started["dir"] == str(tmp_path / "run")
+    assert started["config"]["batch_size"] == 16 and finished == "finish"
+    saved = torch.load("run/checkpoint.pt", weights_only=True)
+    assert started["id"] == saved["run_id"] and "track" not in saved["options"]
+
+
+def test_the_mean_of_the_weights_is_scored_in_the_end(training, tmp_path, monkeypatch):
+    best, networks = tmp_path / "run" / "model-best.npz", []
+    learner = training.learner
+
+    def score(env_id, network, *_, **__):
+        networks.append(network)
+        return [Episode(2.0 if network is learner.mean_network else 1.0, 30, True)] * 4
+
+    monkeypatch.setattr("predictor.score", score)
+    result = train_atari.evaluate(training)
+    assert networks == [learner.network] and result["mean_model_score"] is None
+    with torch.no_grad():
+        learner.mean_network.fc_v.bias += 1
+    training.at.epoch = training.options.max_epoch
+    result = train_atari.evaluate(training)
+    assert networks[1:] == [learner.network, learner.mean_network]
+    assert (result["mean_score"], result["mean_model_score"]) == (1.0, 2.0)
+    assert best.read_bytes() == model.weights_file(learner.mean_network)
+    assert training.at.best_score == 2.0
+
+
 def test_every_option_belongs_to_a_task(capsys):
     for action in train_atari.make_parser()._actions:
         if action.dest != "help":
@@ -736,7 +848,7 @@ def test_main_leaves_a_caller_as_it_was(where, weights, monkeypatch):
     """From a notebook, say: output that is no file, handlers of its own, another thread."""
     monkeypatch.setattr("sys.stdout", io.StringIO())
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    handlers = {s: lambda signum, frame: None for s in simulator.SIGNALS}
+    handlers = {s: lambda signum, frame: None for s in common.SIGNALS}
     before = {s: signal.signal(s, handler) for s, handler in handlers.items()}
     state = threading.excepthook, signal.pthread_sigmask(signal.SIG_BLOCK, ())
     threads = torch.get_num_threads()
@@ -776,7 +888,6 @@ def test_main_without_any_output(monkeypatch):
 
 
 def test_constants_of_model_and_players_agree():
-    for name in ("FRAME_SHAPE", "FRAME_HISTORY", "STATE_SHAPE"):
-        assert getattr(model, name) == getattr(common, name)
+    assert model.FRAME_SHAPE == common.FRAME_SHAPE
     with contextlib.closing(common.make_env("Pong-v0")) as env:
-        assert common.Player(env).reset(seed=1).shape == model.FRAME_SHAPE
+        assert common.Player(env).reset(seed=1)[0].shape == model.FRAME_SHAPE

@@ -15,12 +15,22 @@ import torch
 import simulator
 from common import Player, UserError, describe, frame_rate, make_env, start_actions
 from model import Network, weights_file
-from predictor import score
-from simulator import VectorPlayers
-from tests.test_faults import gone, training
-from tests.test_predictor import drain, make_feed, worth_a_quarter
-from tests.test_simulator import pids_of
-from tests.test_train_atari import ROOT, command, command_line, processes, run
+from predictor import VectorPlayers, score
+from tests.helpers import (
+    ROOT,
+    check_transitions,
+    command,
+    command_line,
+    drain,
+    gone,
+    make_feed,
+    pids_of,
+    processes,
+    run,
+    training,
+    watch,
+    worth_a_quarter,
+)
 from train_atari import main
 
 TINY = ("--network", "a3c", "--batch-size", 16, "--steps-per-epoch", 5, "--eval-episode", 2)
@@ -42,7 +52,7 @@ def feed_of(game, **changes):
 
 
 def events_until(feed, enough, seconds=60):
-    """What is said of simulators while training goes on, until `enough(events)`."""
+    """What is said of simulators while training continues, until `enough(events)`."""
     events, deadline = [], time.monotonic() + seconds
     while not enough(events):
         assert time.monotonic() < deadline, events
@@ -57,7 +67,7 @@ def test_each_simulator_makes_its_own_games(game):
     feed = feed_of(game, players_per_simulator=players, predict_batch_size=players)
     try:
         drain(feed, 300)
-        assert feed.fleet.check() == []
+        assert feed.pool.replace_ended() == []
     finally:
         feed.close()
     episodes = score(f"tests.games:{game}-v0", Network("a3c", 3), 4, seed=0, log=print)
@@ -72,7 +82,7 @@ def test_a_game_that_has_a_process_leaves_none(tmp_path, monkeypatch, end):
 
     if end == "kill the run":
         (tmp_path / "t").mkdir()
-        monkeypatch.setattr("tests.test_faults.CATCH", ("--env", "tests.games:WithProcess-v0"))
+        monkeypatch.setattr("tests.helpers.CATCH", ("--env", "tests.games:WithProcess-v0"))
         args = ("--network", "a3c")
         with training(tmp_path, *args) as (process, until):
             while len(pids := processes(f"emulator of {tmp_path}")) < 4:
@@ -83,13 +93,13 @@ def test_a_game_that_has_a_process_leaves_none(tmp_path, monkeypatch, end):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     feed = feed_of("WithProcess")
     try:
-        drain(feed, 100)
+        events_until(feed, lambda _: feed.pool.connected == 2)
         assert len(emulators()) == 4
         if end == "kill the simulator":
             before = set(emulators())
-            os.kill(pids_of(feed.fleet)[0], 9)
+            os.kill(pids_of(feed.pool)[0], 9)
             events_until(feed, len)
-            events_until(feed, lambda _: feed.fleet.connected == 2)
+            events_until(feed, lambda _: feed.pool.connected == 2)
             assert len(emulators()) == 4 and len(before & set(emulators())) == 2
     finally:
         feed.close()
@@ -107,7 +117,7 @@ def first_rewards(game, seed):
 
 
 def test_no_two_players_have_the_same_luck(monkeypatch):
-    monkeypatch.setattr(simulator, "count_cores", lambda: 2)
+    monkeypatch.setattr("predictor.count_cores", lambda: 2)
     for game in ("OwnLuck", "GlobalLuck"):
         assert len(set(first_rewards(game, 5))) == 4
     # What a seed can reach repeats itself: also the generators that all of a process share.
@@ -171,7 +181,7 @@ def test_an_environment_counts_as_it_says_of_itself():
     assert not describe("tests.games:WithProcess-v0").one_per_process
     player = Player(make_env("tests.games:Slow-v0"))
     player.reset()
-    assert [player.step(0)[2] for _ in range(6)] == [False] * 5 + [True]
+    assert [player.step(0)[3] for _ in range(6)] == [False] * 5 + [True]
     limits = {"Breakout-v0": 10_000, "SpaceInvaders-v0": 10_000, "UpNDown-v0": 10_000}
     limits |= dict.fromkeys(("Breakout-v4", "ALE/Breakout-v5", "BreakoutNoFrameskip-v0"), np.inf)
     limits |= dict.fromkeys(("tests.games:PongOfTwoActions-v0", "tests.games:Rich-v0"), np.inf)
@@ -290,22 +300,24 @@ def test_a_game_that_hangs_in_c_code_is_replaced(monkeypatch):
         feed.close()
 
 
-def test_a_run_that_was_stopped_for_a_while_replaces_nobody(monkeypatch):
-    """Simulators that are stopped with it are not taken for ones that hang."""
+def test_a_run_that_was_stopped_for_a_while_goes_on(monkeypatch):
+    """Simulators that were stopped with it in the middle of a step are replaced."""
     monkeypatch.setattr(simulator, "HANG_SECONDS", 1.0)
     feed = make_feed(worth_a_quarter())
+    segments = watch(feed)
     try:
         drain(feed, 200)
-        pids = pids_of(feed.fleet)
+        pids = pids_of(feed.pool)
         for pid in pids:
             os.kill(pid, 19)
-        time.sleep(2.5)  # this process does nothing meanwhile, as if it were stopped
+        time.sleep(1.5)  # this process does nothing meanwhile, as if it were stopped
         for pid in pids:
             os.kill(pid, 18)
-        drain(feed, 200)
-        assert feed.check() == []
+        drain(feed, 2000)
+        events_until(feed, lambda _: feed.pool.connected == 4)
     finally:
         feed.close()
+    check_transitions(segments)
 
 
 def test_what_games_print_is_bounded_and_its_end_is_kept(monkeypatch):
@@ -315,7 +327,9 @@ def test_what_games_print_is_bounded_and_its_end_is_kept(monkeypatch):
     try:
         while len(sizes) < 100:
             drain(feed, 64)
-            sizes.append(sum(f.stat().st_size for f in Path(feed.fleet.directory).glob("*.log")))
+            sizes.append(
+                sum(f.stat().st_size for f in Path(feed.pool.directory.path).glob("*.log"))
+            )
         # What is written between two looks comes on top.
         assert max(sizes[50:]) < 1_000_000 and min(sizes[50:]) > 0
     finally:
@@ -330,8 +344,10 @@ def test_what_games_print_is_bounded_and_its_end_is_kept(monkeypatch):
 
 
 def test_a_simulator_that_is_killed_again_and_again_ends_the_run(monkeypatch):
-    monkeypatch.setattr(simulator, "SHORT_LIVES", 4)
-    monkeypatch.setattr(simulator, "SHORT_LIFE", 0.25)  # its start takes longer, and counts not
+    monkeypatch.setattr(simulator, "MAX_EARLY_KILLS", 4)
+    monkeypatch.setattr(
+        simulator, "EARLY_KILL_SECONDS", 0.25
+    )  # its start takes longer, and counts not
     feed = feed_of("Doomed")
     try:
         with pytest.raises(UserError, match=r"4 times in a row.*is there too little memory"):

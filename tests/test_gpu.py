@@ -17,9 +17,8 @@ import torch
 from model import Learner, Network, load
 from predictor import ExperienceQueue, Replica
 from tests.conftest import GPUS
-from tests.test_faults import gone
+from tests.helpers import CATCH, GAME, ROOT, command, gone, processes
 from tests.test_model import golden_arrays, relative
-from tests.test_train_atari import CATCH, GAME, ROOT, command, processes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = torch.device("cuda")
@@ -62,7 +61,7 @@ def test_predictions_are_those_of_the_cpu_while_weights_change():
     states = np.random.default_rng(0).integers(256, size=(9, 4, 84, 84, 3), dtype=np.uint8)
     with torch.cuda.stream(stream):
         on_gpu = Replica(copy.deepcopy(network).to(CUDA), 16)
-    assert on_gpu.memory.is_pinned()
+    assert on_gpu.staging.is_pinned()
     for version in range(20):
         for parameter in network.parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)

@@ -101,7 +101,7 @@ def learner(tmp_path, request, monkeypatch):
     learner = Learner(network, device, adam_epsilon=1e-3, threads=2)
     if place == "the way of a GPU":
         monkeypatch.setattr(model, "captured", without_a_graph)
-        learner.cuda, learner.memory, learner.entropy_beta = True, None, torch.zeros(())
+        learner.cuda, learner.static_batch, learner.entropy_beta = True, None, torch.zeros(())
         learner.copied = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     torch.set_float32_matmul_precision("highest")  # not TF32, as it trains on a GPU
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -363,3 +363,24 @@ def test_resumed_learner_makes_the_same_next_update(tmp_path):
     assert resumed.updates == learner.updates == 4
     for a, b in zip(learner.parameters, resumed.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_mean_of_the_weights_is_that_of_the_last_iterations():
+    """Of all iterations at first, later one in which the older ones fade."""
+    torch.manual_seed(0)
+    _, batch = golden_arrays()
+    learner = Learner(Network("a3c", 4), CPU, 1e-3, threads=1, mean_iterations=3)
+    seen, expected = [], None
+    for step in range(6):
+        learner.update(batch, 1e-2, 0.01)
+        seen.append(learner.network.fc_pi.weight.detach().clone())
+        last = expected if step >= 3 else torch.stack(seen).mean(0)
+        expected = last + (seen[-1] - last) / 3 if step >= 3 else last
+        torch.testing.assert_close(learner.mean_network.fc_pi.weight, expected)
+    other = Learner(Network("a3c", 4), CPU, 1e-3, threads=1)
+    state = learner.state_dict()
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.mean_network.fc_pi.weight, expected)
+    del state["mean"]  # a checkpoint of an earlier version
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.mean_network.fc_pi.weight, seen[-1])

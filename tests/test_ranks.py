@@ -18,9 +18,8 @@ import torch
 
 from common import UserError
 from model import Batch, DivergedError, Learner, Network, load
-from tests.test_faults import gone
-from tests.test_train_atari import CATCH, GAME, ROOT, TINY, command, processes, talking
-from tests.test_train_atari import run_apart as run  # its ranks print by themselves
+from tests.helpers import CATCH, GAME, ROOT, TINY, command, gone, processes, talking
+from tests.helpers import run_apart as run
 from train_atari import Ranks, choose_devices, resumed_options, share_simulators
 
 
@@ -98,7 +97,7 @@ def test_ranks_train_resume_and_change_their_number(tmp_path):
     assert [resumed[name] for name in before] == [config[name] for name in before]
     done = run(*GAME, "--load", path / "checkpoint.pt", "--max-epoch", 4, "--ranks", 1)
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "otherwise than before" in line]
+    (line,) = [line for line in done.stdout.splitlines() if "differs from before" in line]
     assert line.endswith("1 rank on the CPU instead of 2 ranks on the CPU")
     assert json.loads((path / "config.json").read_text())["devices"] == ["cpu"]
     assert load(str(path / "checkpoint.pt"))[1]["learner"]["updates"] == 40
@@ -299,7 +298,7 @@ def test_ranks_hold_what_rank_0_holds(runs, tmp_path):
     assert saved["learner"]["updates"] == 40 and saved["at"]["epoch"] == 4
     steps = {int(state["step"]) for state in saved["learner"]["optimizer"]["state"].values()}
     assert steps == {40} and saved["options"]["seed"] == 1
-    (line,) = [line for line in done[0].stdout.splitlines() if "otherwise than before" in line]
+    (line,) = [line for line in done[0].stdout.splitlines() if "differs from before" in line]
     assert line.endswith("3 ranks on the CPU instead of 1 rank on the CPU")
 
 
@@ -527,7 +526,7 @@ def test_a_resumed_run_neither_listens_nor_makes_another_key(tmp_path):
     assert f"no key {tmp_path / 'there' / 'run.key'}; the key of this run is {key}" in done.stderr
     done = run(*GAME, "--load", checkpoint, "--max-epoch", 2, cwd=tmp_path / "there", **place)
     assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "otherwise than before" in line]
+    (line,) = [line for line in done.stdout.splitlines() if "differs from before" in line]
     assert line.endswith(f"as before it would with --listen {address} --key {key}")
     assert not list((tmp_path / "there").iterdir())
     assert json.loads((checkpoint.parent / "config.json").read_text())["listen"] is None

@@ -13,8 +13,7 @@ import pytest
 import zmq
 
 import simulator
-from tests.test_faults import gone, training
-from tests.test_train_atari import ROOT, processes, run, simulators
+from tests.helpers import ROOT, gone, processes, run, simulators, training
 
 
 def free_port():

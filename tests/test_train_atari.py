@@ -1,15 +1,12 @@
 """The program as its users run it, with tiny numbers."""
 
-import contextlib
 import errno
-import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,49 +15,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import UserError
 from model import load
-from train_atari import complete, find_devices, main, open_run, scheduled
+from tests.helpers import CATCH, GAME, ROOT, TINY, processes, run, simulators, talking
+from train_atari import complete, find_devices, open_run, scheduled
 
-ROOT = Path(__file__).parent.parent
-GAME = ("--env", "tests.games:Catch-v0")
-CATCH = (*GAME, "--network", "a3c")
-TINY = ("--batch-size", "16", "--steps-per-epoch", "10", "--eval-episode", "2")
 METRICS = {
     *("mean_score", "max_score", "policy_loss", "xentropy_loss", "value_loss", "predict_reward"),
     *("rms_advantage", "cost", "importance", "learning_rate", "entropy_beta", "policy_lag"),
     *("policy_lag_max", "it_per_s", "states_per_s", "queue_size", "train_score", "grad_norm"),
-    *("train_episodes", "eval_episodes"),
+    *("train_episodes", "eval_episodes", "mean_model_score"),
 }
-
-
-def command(*args):
-    return [sys.executable, str(ROOT / "train_atari.py"), *map(str, args)]
-
-
-def talking(*args):
-    """A command that tells its progress often."""
-    return [sys.executable, str(ROOT / "tests" / "often.py"), *map(str, args)]
-
-
-def run_apart(*args, cwd=ROOT, **kwargs):
-    """What the program makes of these arguments, as a process: returncode, stdout, stderr."""
-    how = {"cwd": cwd, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
-    done = subprocess.run(command(*args), **how, **kwargs)
-    assert "Traceback" not in done.stdout + done.stderr
-    return done
-
-
-def run(*args, cwd=ROOT, **kwargs):
-    """As run_apart, but in this process, without a second start of Python, where that will do."""
-    if kwargs:
-        return run_apart(*args, cwd=cwd, **kwargs)
-    output, errors = io.StringIO(), io.StringIO()
-    with (
-        contextlib.chdir(cwd),
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(errors),
-    ):
-        code = main(args)
-    return subprocess.CompletedProcess(args, code, output.getvalue(), errors.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +52,7 @@ def test_what_a_run_leaves(trained):
     path, output = trained
     names = {p.name for p in path.iterdir()}
     assert {"log.log", "stats.json", "config.json", "checkpoint.pt"} <= names
-    assert {"model-latest.npz", "model-best.npz"} <= names
+    assert {"model-latest.npz", "model-mean.npz", "model-best.npz"} <= names
     assert not [name for name in names if name.endswith(".tmp")]
     stats = json.loads((path / "stats.json").read_text())
     assert [epoch["epoch_num"] for epoch in stats] == [1, 2]
@@ -106,7 +69,8 @@ def test_what_a_run_leaves(trained):
     assert config["env"] == "tests.games:Catch-v0" and config["seed"] == 1
     assert config["versions"]["torch"] == torch.__version__
     events = EventAccumulator(str(path)).Reload()
-    assert set(events.Tags()["scalars"]) == METRICS
+    tags = set(events.Tags()["scalars"])
+    assert tags | {"mean_model_score"} == METRICS  # that evaluation may have been cut short
     assert events.Scalars("mean_score")[-1].step == 600
     log = (path / "log.log").read_text()
     for text in ("3 actions", "685,364 parameters", "2 processes x 8 = 16", "19,200 states"):
@@ -191,29 +155,6 @@ def test_the_large_network_says_on_a_cpu_what_to_expect(tmp_path):
     assert float(hours) == pytest.approx(states / float(rate) / 3600, rel=0.1)
 
 
-def processes(directory):
-    """Processes whose command line names something in `directory`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if str(directory).encode() in entry.read_bytes():
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-def simulators(directory):
-    """Those of them that are simulators."""
-    return [pid for pid in processes(directory) if b"--identity=" in command_line(pid)]
-
-
-def command_line(pid):
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
-
-
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_leaves_nothing(tmp_path, signum, code):
     sockets = tmp_path / "t"
@@ -265,8 +206,13 @@ def test_an_error_in_a_simulator_ends_the_run(tmp_path):
     [
         ((), 2, "--env is required"),
         (("--env", "Brekout-v0"), 2, "nearest names: Breakout-v0"),
-        (("--task", "play", "--env", "Breakout-v0"), 2, "models/Breakout-v0.npz"),
-        (("--task", "play", "--env", "Freeway-v0"), 2, "needs --load FILE"),
+        (("--task", "play"), 2, "--env is required"),
+        (("--task", "play", "--env", "Freeway-v0"), 2, "there is no agent for Freeway-v0 in"),
+        (("--load", "mine.npz"), 2, "mine.npz is not named after a game: give --env"),
+        (("--config", "nowhere.json"), 2, "it has no nowhere.json"),
+        (("--config", __file__), 2, "is damaged"),
+        (("--config", "c.json", "--load", "c.pt"), 2, "a checkpoint has options of its own"),
+        (("--env", "Pong-v0", "--track"), 2, "pip install wandb"),
         (("--env", "CartPole-v1"), 2, "no game with RGB frames"),
         (("--env", "Pong-v0", "--gpu", "99"), 2, "CUDA device"),
         (("--env", "Pong-v0", "--gpu", "x"), 2, "CUDA device"),
@@ -285,7 +231,6 @@ def test_an_error_in_a_simulator_ends_the_run(tmp_path):
         (("--env", "Pong-v0", "--network", "big"), 2, "invalid choice"),
         (("--env", "Pong-v0", "--load", "nowhere.npz"), 1, "there is no file nowhere.npz"),
         (("--load", "nowhere.pt"), 1, "there is no file nowhere.pt"),
-        (("--task", "eval", "--env", "Pong-v0"), 2, "--load"),
         (("--env", "Pong-v0", "--output", "/dev/null/run"), 2, "cannot write"),
         (("--env", "Pong-v0", "--output", __file__), 2, "cannot write"),
         (("--env", "Pong-v0", "--output", "\udcff"), 2, "needs a name in UTF-8"),
@@ -360,17 +305,18 @@ def test_a_gpu_for_which_the_driver_is_too_old_is_none(monkeypatch):
 
 
 def test_any_number_of_cores_and_players(monkeypatch):
-    for cores, players, processes in ((2, 6, 4), (2, 48, 1), (16, 8, 6), (16, 100, 1), (64, 1, 48)):
+    sizes = ((2, 6, 4), (2, 48, 1), (16, 8, 6), (16, 100, 1), (64, 1, 48))
+    for cores, players, simulator_proc in sizes:
         monkeypatch.setattr("train_atari.count_cores", lambda cores=cores: cores)
         o = complete({"players_per_simulator": players}, on_cpu=True)
-        assert o.simulator_proc == processes
+        assert o.simulator_proc == simulator_proc
 
 
 def test_where_a_file_system_knows_no_locks(tmp_path, monkeypatch):
     """As Lustre often does; for every other reason there is a sentence."""
-    log_file = open_run(str(tmp_path), goes_on=False)
+    log_file = open_run(str(tmp_path), is_resumed=False)
     with log_file, pytest.raises(UserError, match="another process is training"):
-        open_run(str(tmp_path), goes_on=False)
+        open_run(str(tmp_path), is_resumed=False)
 
     def fail(number):
         def flock(*_):
@@ -380,11 +326,11 @@ def test_where_a_file_system_knows_no_locks(tmp_path, monkeypatch):
 
     for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
         fail(number)
-        with open_run(str(tmp_path), goes_on=False) as log_file:
+        with open_run(str(tmp_path), is_resumed=False) as log_file:
             log_file.write("a line")
     fail(errno.EIO)
     with pytest.raises(UserError, match="Input/output error"):
-        open_run(str(tmp_path), goes_on=False)
+        open_run(str(tmp_path), is_resumed=False)
 
 
 def test_schedules():
