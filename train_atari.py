@@ -1050,8 +1050,9 @@ class Metrics:
     Metrics stay on the device until they are needed, because reading them waits for a GPU.
     """
 
-    def __init__(self, columns: tuple[str, ...], directory: RunDirectory, writer=None):
-        self.columns, self.directory, self.writer = columns, directory, writer
+    def __init__(self, columns: tuple[str, ...]):
+        self.columns = columns
+        self.writer = None  # TensorBoard's, of rank 0
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -1140,7 +1141,7 @@ class Run:
         # By this name files know that they are of the same run.
         self.run_id = (saved.get("run_id") if place.is_resumed else None) or secrets.token_hex(8)
         columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
-        self.metrics = Metrics(columns, self.directory)
+        self.metrics = Metrics(columns)
         self.at, self.stats = Progress(), []  # stats: an object for each epoch done
         self.rates: dict[str, float] = {}  # learning_rate and entropy_beta of the last iteration
         self.started_at = self.saved_at = time.monotonic()
@@ -1333,24 +1334,35 @@ def start_writer(run: Run, track: bool, stack: contextlib.ExitStack) -> None:
     """Let metrics go to TensorBoard, and to Weights & Biases if `track`, until `stack` ends."""
     # TensorBoard's thread, on a full disk; all others report by themselves.
     threading.excepthook = lambda args: run.log(f"warning: {args.exc_value}")
-    path = run.directory.path
     if track:
-        import wandb
-
-        wandb.init(
-            project="batch-a3c",
-            name=os.path.basename(path),
-            id=run.run_id,
-            resume="allow",
-            dir=path,
-            config=run.config,
-            sync_tensorboard=True,
-        )
-        stack.callback(wandb.finish)
+        start_tracking(run, stack)
     from torch.utils.tensorboard import SummaryWriter  # after wandb.init, which replaces a part
 
-    run.metrics.writer = SummaryWriter(path, purge_step=run.at.global_step + 1)
+    run.metrics.writer = SummaryWriter(run.directory.path, purge_step=run.at.global_step + 1)
     stack.enter_context(contextlib.closing(run.metrics))
+
+
+def start_tracking(run: Run, stack: contextlib.ExitStack) -> None:
+    """Let Weights & Biases follow TensorBoard until `stack` ends; UserError if it cannot."""
+    import wandb
+
+    path, stdin = run.directory.path, sys.stdin
+    try:
+        with open(os.devnull) as sys.stdin:  # who has not logged in is told, not asked
+            wandb.init(
+                project="batch-a3c",
+                name=os.path.basename(path),
+                id=run.run_id,
+                resume="allow",
+                dir=path,
+                config=run.config,
+                sync_tensorboard=True,
+            )
+    except Exception as error:
+        raise UserError(f"--track: {first_line(error)}") from error
+    finally:
+        sys.stdin = stdin
+    stack.callback(wandb.finish)
 
 
 def train_epoch(run: Run) -> None:

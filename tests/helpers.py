@@ -28,7 +28,8 @@ GAME = ("--env", "tests.games:Catch-v0")
 CATCH = (*GAME, "--network", "a3c")
 
 
-TINY = ("--batch-size", "16", "--steps-per-epoch", "10", "--eval-episode", "2")
+TINY = ("--batch-size", "16", "--steps-per-epoch", "10", "--eval-episode", "1")
+TINY += ("--simulator-proc", "2", "--players-per-simulator", "4")
 
 
 def command(*args):

@@ -787,7 +787,7 @@ def test_a_run_takes_the_options_of_another_one(run, tmp_path, capsys):
     assert not os.path.exists("other")
 
 
-def test_metrics_go_to_weights_and_biases_if_asked(tmp_path, monkeypatch):
+def test_metrics_go_to_weights_and_biases_if_asked(tmp_path, monkeypatch, capsys):
     """By its synchronization with TensorBoard, which begins before the writer is made."""
     calls = []
     wandb = SimpleNamespace(
@@ -801,6 +801,10 @@ def test_metrics_go_to_weights_and_biases_if_asked(tmp_path, monkeypatch):
     assert started["config"]["batch_size"] == 16 and finished == "finish"
     saved = torch.load("run/checkpoint.pt", weights_only=True)
     assert started["id"] == saved["run_id"] and "track" not in saved["options"]
+    calls.clear()
+    wandb.init = lambda **how: calls.append(sys.stdin.read()) or 1 / 0  # it may ask for a key
+    assert main([*CATCH, *TINY, "--track", "--output", "other"]) == 1
+    assert "--track: division by zero" in sentence_of(capsys) and calls == [""]
 
 
 def test_the_mean_of_the_weights_is_scored_in_the_end(training, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import torch
 
 from common import UserError
 from model import Batch, DivergedError, Learner, Network, load
-from tests.helpers import CATCH, GAME, ROOT, TINY, command, gone, processes, talking
+from tests.helpers import CATCH, FINE, GAME, ROOT, TINY, command, gone, processes, talking
 from tests.helpers import run_apart as run
 from train_atari import Ranks, choose_devices, resumed_options, share_simulators
 
@@ -125,7 +125,7 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
         pytest.skip("torchrun itself leaves its workers when it is killed")
     sockets = tmp_path / "t"
     sockets.mkdir()
-    args = (*CATCH, "--batch-size", 16, "--output", tmp_path / "run", "--seed", 3)
+    args = (*CATCH, *FINE, "--output", tmp_path / "run", "--seed", 3)
     if engine == "script":
         program = talking(*args, "--ranks", 2)
     else:
@@ -213,7 +213,7 @@ def listening(pids):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nothing_listens_beyond_this_machine(tmp_path, ranks):
-    args = (*CATCH, "--batch-size", 16, "--output", tmp_path / "run", "--ranks", ranks)
+    args = (*CATCH, *FINE, "--output", tmp_path / "run", "--ranks", ranks)
     process = subprocess.Popen(
         talking(*args),
         cwd=ROOT,
@@ -289,7 +289,7 @@ def runs(tmp_path_factory):
 
 def test_ranks_hold_what_rank_0_holds(runs, tmp_path):
     """Also where one loads another checkpoint, or none: as on machines that share no disk."""
-    more = (*TINY, "--max-epoch", 4, "--output", tmp_path / "run")
+    more = (*TINY, "--simulator-proc", 3, "--max-epoch", 4, "--output", tmp_path / "run")
     first, second = ((*GAME, "--load", path / "checkpoint.pt") for path in runs)
     done = run_ranks([(*first, *more), (*second, *more), (*CATCH, *more)])
     assert [rank.returncode for rank in done] == [0, 0, 0], [rank.stderr for rank in done]
