@@ -1417,6 +1417,8 @@ def next_batch(run: Run) -> tuple:
             there = f"{run.feed.pool.connected} of {run.options.simulator_proc} simulators"
             states = f"{len(run.feed.queue)} of {run.options.batch_size} states"
             run.log(f"waiting for the first batch: {there} and {states} are there")
+    if not len(run.metrics):  # the first line of an epoch has the speed since its first batch
+        run.metrics.shown_at = time.monotonic()
     return batch
 
 
