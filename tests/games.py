@@ -52,6 +52,19 @@ class Catch(gymnasium.Env):
         return cells.repeat(self.CELL, axis=0).repeat(self.CELL, axis=1)
 
 
+class Lives(Catch):
+    """Three lives, of which every fourth step takes one; the last one ends the episode."""
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return super().reset(seed=seed)[0], {"lives": 3}
+
+    def step(self, action):
+        self.steps += 1
+        lives = 3 - self.steps // 4
+        return super().step(action)[0], 0.0, lives == 0, False, {"lives": lives}
+
+
 class Crash(Catch):
     """A game that breaks after some steps."""
 
@@ -380,7 +393,7 @@ def breakout_reordered(**how):
 
 GAMES = (Catch, Chatty, Crash, NoStart, Stuck, Windowed, Recorded, Count, WithThread, WithProcess)
 GAMES += (OwnLuck, GlobalLuck, OnePerProcess, NotFinite, SlowReset, Noisy, Doomed, StuckInC, Rich)
-GAMES += (TellsSeeds, OwnSignals, Exits, ArrayReward)
+GAMES += (TellsSeeds, OwnSignals, Exits, ArrayReward, Lives)
 for game in GAMES:
     gymnasium.register(f"{game.__name__}-v0", game)
 gymnasium.register("Slow-v0", Slow, max_episode_steps=6)

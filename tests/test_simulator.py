@@ -54,6 +54,23 @@ def test_pool_is_private_and_leaves_nothing():
     assert not any(running(pid) for pid in pids)
 
 
+def test_a_simulator_tells_of_lost_lives():
+    pool, ends = LocalPool("tests.games:Lives-v0", 1, players=2, groups=1, seed=0), []
+    (master,) = pool.masters
+    try:
+        deadline = time.monotonic() + 20
+        while len(ends) < 26 and time.monotonic() < deadline:
+            for message in master.receive(10, timeout_ms=50):
+                ends.append((message.life_lost, message.is_over))
+                master.reply(message, [0, 0])
+    finally:
+        pool.close()
+    lost = [number for number, (life_lost, _) in enumerate(ends) if life_lost == [True, True]]
+    over = [number for number, (_, is_over) in enumerate(ends) if is_over == [True, True]]
+    assert lost[:4] == [4, 8, 16, 20] and over[:2] == [12, 24]
+    assert sum(any(life_lost) for life_lost, _ in ends) == len(lost)
+
+
 def test_what_a_game_prints_disturbs_nobody():
     pool = LocalPool("tests.games:Chatty-v0", 2, players=1, groups=1, seed=0)
     try:
