@@ -16,7 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common import UserError
 from model import load
 from tests.helpers import CATCH, GAME, ROOT, TINY, processes, run, simulators, talking
-from train_atari import complete, find_devices, open_run, scheduled
+from train_atari import (
+    Progress,
+    complete,
+    find_devices,
+    open_run,
+    scheduled,
+    scheduled_rates,
+)
 
 METRICS = {
     *("mean_score", "max_score", "policy_loss", "xentropy_loss", "value_loss", "predict_reward"),
@@ -337,6 +344,23 @@ def test_schedules():
     text = "1e-3,20:3e-4,120:1e-4"
     values = [scheduled(text, epoch) for epoch in (1, 19, 20, 119, 120, 1000)]
     assert values == [1e-3, 1e-3, 3e-4, 3e-4, 1e-4, 1e-4]
+
+
+def test_rates_may_fall_to_0_over_the_run():
+    chosen = {"learning_rate": "1e-3,3:2e-3", "entropy_beta": "0.01", "steps_per_epoch": 10}
+    chosen |= {"max_epoch": 4, "warm_up": 4}
+
+    def rates(epoch, epoch_step, anneal):
+        at = Progress(epoch=epoch, epoch_step=epoch_step, global_step=10 * epoch + epoch_step)
+        return scheduled_rates(complete(chosen | {"anneal": anneal}, on_cpu=False), at)
+
+    assert rates(1, 5, 0) == {"learning_rate": 1e-3, "entropy_beta": 0.01}
+    assert rates(3, 9, 0) == {"learning_rate": 2e-3, "entropy_beta": 0.01}
+    assert rates(0, 1, 0)["learning_rate"] == pytest.approx(0.5e-3)  # of four warm-up iterations
+    for epoch, epoch_step, left in ((1, 0, 0.75), (1, 5, 0.625), (3, 9, 0.025)):
+        plain, annealed = (rates(epoch, epoch_step, anneal) for anneal in (0, 1))
+        for name, value in plain.items():
+            assert annealed[name] == pytest.approx(left * value)
 
 
 def test_defaults_on_a_gpu_are_the_originals():
