@@ -284,7 +284,7 @@ def test_a_simulator_that_always_hangs_at_its_start_ends_the_run(monkeypatch):
 def test_churn():
     """Random simulators are killed, at times one every second; every transition stays whole.
 
-    Throughput falls by little more than the share of those that start anew.
+    Throughput falls by no more than the killed share.
     """
     torch.manual_seed(0)
     rng = random.Random(0)
@@ -333,7 +333,10 @@ def test_churn():
     # Every simulator, the replacing ones too, brought players with games of their own.
     assert len(episodes_of) > 12 and checked > 6000
     left_alone, churned = sum(rates[::2]), sum(rates[1::2])
-    assert churned >= 0.6 * left_alone  # each second one of four, whose start takes time too
+    # Each second one of four is killed. Beside other tests, which do not use the cores evenly, more
+    # may be missing.
+    lost = 0.4 if "PYTEST_XDIST_WORKER" in os.environ else 1 / 4
+    assert churned >= (1 - lost) * left_alone
 
 
 def test_what_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_path):
