@@ -212,14 +212,13 @@ def test_fire_is_found_where_the_wrappers_have_put_it():
 @pytest.mark.parametrize("reward", ["nan", "inf"])
 def test_a_reward_that_is_not_finite_is_named_at_once_in_every_task(tmp_path, weights, reward):
     game = ("--env", "tests.games:NotFinite-v0")
-    environment = os.environ | {"REWARD": reward}
     for task in (
         (*TINY, "--output", tmp_path / "run"),
         ("--task", "eval", "--load", weights, "--episode", 2),
         ("--task", "play", "--load", weights, "--episode", 2, "--output", tmp_path / "play"),
         ("--task", "gen_submit", "--load", weights, "--output", tmp_path / "submission"),
     ):
-        done = run(*game, *task, env=environment, timeout=60)
+        done = run(*game, *task, REWARD=reward)
         assert done.returncode in (1, 2), task
         assert f"NotFinite-v0: the reward is {reward} in step 5" in done.stderr, task
         assert done.stderr.count("\n") == 1 and not re.search(r"mean +nan", done.stdout)

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 import signal
 import subprocess
 
@@ -84,7 +83,7 @@ def test_submission(weights, tmp_path):
         "--episode",
         10,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": ""},
+        PATH="",
     )  # no ffmpeg anywhere
     assert done.returncode == 0, done.stderr
     assert "gym scores a submission of 100 or more" in done.stdout
@@ -140,15 +139,14 @@ def test_play(weights, tmp_path):
     args = ("--task", "play", "--load", weights, "--episode", 2, "--env")
     hidden = {"SDL_VIDEODRIVER": "dummy", "SDL_AUDIODRIVER": "dummy"}
     game = "tests.games:Windowed-v0"
-    done = run(*args, game, env=os.environ | hidden)
+    done = run(*args, game, **hidden)
     assert done.returncode == 0, done.stderr
     assert "1/2, score=" in done.stdout and "2/2, score=" in done.stdout and "mean" in done.stdout
-    closed = run(*args, game, env=os.environ | hidden | {"CLOSE_WINDOW": "40"})
+    closed = run(*args, game, **hidden, CLOSE_WINDOW=40)
     assert closed.returncode == 0, closed.stderr
     assert "1/2, score=" in closed.stdout and "2/2" not in closed.stdout
     assert closed.stdout.split("episodes")[1].split()[0] == "1"
-    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    done = run(*args[:-1], "--env", "Freeway-v0", env=environment)
+    done = run(*args[:-1], "--env", "Freeway-v0", DISPLAY=None, WAYLAND_DISPLAY=None)
     assert done.returncode == 1
     assert "no window" in done.stderr and "--output DIR writes videos" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -193,13 +191,13 @@ def test_a_card_is_read_whatever_the_game_is_called():
     assert front["model-index"][0]["results"][0]["dataset"]["name"] == "a: [b]#"
 
 
-# What four players earn on average in STEPS agent steps, at least; far above a random agent, and
+# What four players earn on average in so many agent steps, at least; far above a random agent, and
 # deviations below what each agent earned with three seeds.
-STEPS = 600
+STEPS = {"a3c": 600, "ba3c": 300}
 FLOORS = {
     "Assault-v0": 400,
     "Breakout-v0": 8,
-    "Breakout-v0-ba3c": 8,
+    "Breakout-v0-ba3c": 3.5,
     "CrazyClimber-v0": 3500,
     "KungFuMaster-v0": 800,
     "Pong-v0": -5,
@@ -217,7 +215,7 @@ def test_a_shipped_agent_plays_well(agent):
         step = players.step
         players.step = lambda actions: earned.append(step(actions)) or earned[-1]
         evaluation = evaluate(players, policy_of(network), 1000, seed=1, seconds=1000)
-        list(itertools.islice(evaluation, STEPS))
+        list(itertools.islice(evaluation, STEPS[network.kind]))
     assert sum(rewards.mean() for _, rewards, _ in earned) > FLOORS[agent]
 
 

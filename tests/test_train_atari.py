@@ -37,11 +37,10 @@ METRICS = {
 def trained(tmp_path_factory):
     """A run that learned to catch: its directory and what it printed."""
     path = tmp_path_factory.mktemp("catch") / "run"
-    # Balls have nothing to do with each other: with 0.99 the returns are mostly noise, and of ten
-    # runs three were not done after these iterations.
+    # Balls have nothing to do with each other: with 0.99 the returns are mostly noise.
     learning = ("--adam-epsilon", "1e-5", "--entropy-beta", "0.01,2:0.005", "--gamma", "0.9")
-    learning += ("--learning-rate", "1e-3", "--warm-up", "50", "--seed", "1")
-    size = ("--batch-size", "64", "--steps-per-epoch", "300", "--max-epoch", "2")
+    learning += ("--learning-rate", "1e-3", "--warm-up", "50", "--anneal", "0", "--seed", "1")
+    size = ("--batch-size", "64", "--steps-per-epoch", "200", "--max-epoch", "2")
     size += ("--simulator-proc", "2", "--players-per-simulator", "8", "--eval-episode", "8")
     done = run(*CATCH, *learning, *size, "--output", path)
     assert done.returncode == 0, done.stderr
@@ -51,7 +50,7 @@ def trained(tmp_path_factory):
 def test_it_learns(trained):
     """A wrong sign, a lost reward or a mixed-up state would show here. Best is 5, random -3."""
     stats = json.loads((trained[0] / "stats.json").read_text())
-    assert stats[-1]["train_score"] >= 3.5  # the mean of 100 episodes; ten runs had 4.5 to 5
+    assert stats[-1]["train_score"] >= 3.5  # the mean of 100 episodes; six runs had 4.6 to 5
     assert stats[-1]["mean_score"] >= 3  # of 8 episodes
 
 
@@ -63,7 +62,7 @@ def test_what_a_run_leaves(trained):
     assert not [name for name in names if name.endswith(".tmp")]
     stats = json.loads((path / "stats.json").read_text())
     assert [epoch["epoch_num"] for epoch in stats] == [1, 2]
-    assert [epoch["global_step"] for epoch in stats] == [300, 600]
+    assert [epoch["global_step"] for epoch in stats] == [200, 400]
     for epoch in stats:
         assert set(epoch) == METRICS | {"epoch_num", "global_step"}
         assert 0 < epoch["policy_lag"] <= 3 and epoch["policy_lag_max"] >= epoch["policy_lag"]
@@ -78,9 +77,9 @@ def test_what_a_run_leaves(trained):
     events = EventAccumulator(str(path)).Reload()
     tags = set(events.Tags()["scalars"])
     assert tags | {"mean_model_score"} == METRICS  # that evaluation may have been cut short
-    assert events.Scalars("mean_score")[-1].step == 600
+    assert events.Scalars("mean_score")[-1].step == 400
     log = (path / "log.log").read_text()
-    for text in ("3 actions", "685,364 parameters", "2 processes x 8 = 16", "19,200 states"):
+    for text in ("3 actions", "685,364 parameters", "2 processes x 8 = 16", "12,800 states"):
         assert text in output and text in log
     assert load(str(path / "model-best.npz"))[0].num_actions == 3
 
@@ -111,7 +110,7 @@ def test_a_run_is_never_overwritten(trained):
 
 def test_resume(tmp_path):
     path = tmp_path / "run"
-    first = run(*CATCH, *TINY, "--max-epoch", 2, "--warm-up", 2000, "--output", path)
+    first = run(*CATCH, *TINY, "--max-epoch", 2, "--warm-up", 2000, "--anneal", 0, "--output", path)
     assert first.returncode == 0, first.stderr
     saved = load(str(path / "checkpoint.pt"))[1]
     assert saved["at"]["global_step"] == saved["learner"]["updates"] == 20
@@ -199,9 +198,8 @@ def test_a_signal_saves_and_leaves_nothing(tmp_path, signum, code):
 def test_an_error_in_a_simulator_ends_the_run(tmp_path):
     sockets = tmp_path / "t"
     sockets.mkdir()
-    environment = os.environ | {"TMPDIR": str(sockets)}
     args = ("--env", "tests.games:Crash-v0", "--network", "a3c", "--output", tmp_path / "run")
-    done = run(*args, "--batch-size", 16, env=environment)
+    done = run(*args, "--batch-size", 16, TMPDIR=sockets)
     assert done.returncode == 1
     assert re.search(r"simulator \d+ ended with code 1.*the game broke\n$", done.stderr)
     assert done.stderr.count("\n") == 1
@@ -222,7 +220,7 @@ def test_an_error_in_a_simulator_ends_the_run(tmp_path):
         (("--env", "Pong-v0", "--track"), 2, "pip install wandb"),
         (("--env", "CartPole-v1"), 2, "no game with RGB frames"),
         (("--env", "Pong-v0", "--gpu", "99"), 2, "CUDA device"),
-        (("--env", "Pong-v0", "--gpu", "x"), 2, "CUDA device"),
+        (("--env", "Pong-v0", "--gpu", "0,0"), 2, "invalid gpus value: '0,0'"),
         (("--env", "Pong-v0", "--simulator-proc", "0"), 2, "simulator-proc"),
         (("--env", "Pong-v0", "--batch-size", "-1"), 2, "batch-size"),
         (("--env", "Pong-v0", "--gamma", "nan"), 2, "invalid positive value: 'nan'"),
@@ -261,7 +259,7 @@ def test_bad_input_gets_one_sentence(tmp_path, args, code, text):
     ],
 )
 def test_a_rank_without_the_others_gets_one_sentence(tmp_path, name, value, code, text):
-    done = run(*CATCH, "--output", tmp_path / "run", env=os.environ | {name: value})
+    done = run(*CATCH, "--output", tmp_path / "run", **{name: value})
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == 1 and text in done.stderr
 
@@ -297,8 +295,7 @@ def test_help_is_quick_and_complete():
 def test_where_no_socket_can_be(tmp_path):
     deep = tmp_path / ("x" * 120)
     deep.mkdir()
-    environment = os.environ | {"TMPDIR": str(deep)}
-    done = run(*CATCH, "--output", tmp_path / "run", env=environment)
+    done = run(*CATCH, "--output", tmp_path / "run", TMPDIR=deep)
     assert done.returncode == 1 and "cannot listen on ipc" in done.stderr
     assert not list(deep.glob("batch-a3c-*"))
 
