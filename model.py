@@ -503,63 +503,58 @@ def read_weights(archive) -> Network:
     return network
 
 
-def check_tensor(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
-    """ValueError if a tensor does not hold finite numbers, or has another shape than `like`."""
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} does not hold floating-point numbers")
-    if tensor.layout != torch.strided or tensor.shape != like.shape:
-        raise ValueError(f"{name} is {tuple(tensor.shape)}, not {tuple(like.shape)}")
-    if not tensor.isfinite().all():
-        raise ValueError(f"{name} is not finite")
+def check_form(value, form, name: str = "") -> None:
+    """ValueError unless a value, which may be anything, has a form.
 
-
-def item(state, name, kind: type):
-    """What `state`, which should be a dictionary, has under this name; ValueError if it does not.
-
-    kind: of the value. A truth value is no number here.
+    A form is a dictionary of forms, whose keys must all be there; a tensor, whose type and shape
+    are needed, with finite elements; or the type of any other value. name: for the sentence.
     """
-    if not isinstance(state, dict) or name not in state:
-        raise ValueError(f"it has no {name}")
-    value = state[name]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"its {name} is no {kind.__name__}")
-    return value
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"its {name or 'content'} is no dict")
+        for key, form_of_value in form.items():
+            path = f"{name}.{key}".lstrip(".")
+            if key not in value:
+                raise ValueError(f"it has no {path}")
+            check_form(value[key], form_of_value, path)
+    elif isinstance(form, torch.Tensor):
+        check_form(value, torch.Tensor, name)
+        found, needed = (f"{tuple(t.shape)} {t.dtype}" for t in (value, form))
+        if found != needed or value.layout != torch.strided:
+            raise ValueError(f"its {name} is {found}, not {needed}")
+        if not value.isfinite().all():
+            raise ValueError(f"its {name} is not finite")
+    elif not isinstance(value, form) or (isinstance(value, bool) and form is not bool):
+        raise ValueError(f"its {name} is no {form.__name__}")  # a truth value is no number
 
 
 def read_checkpoint(checkpoint: dict) -> Network:
     """The network in a checkpoint; ValueError if not all is there that a Learner needs."""
-    if item(checkpoint, "format", str) != CHECKPOINT_FORMAT:
+    form_of_learner = {"kind": str, "num_actions": int, "updates": int, "network": dict}
+    form = {"format": str, "learner": form_of_learner, "rng": torch.get_rng_state()}
+    check_form(checkpoint, form)
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise ValueError("it is of another program")
-    learner = item(checkpoint, "learner", dict)
-    kind, num_actions = item(learner, "kind", str), item(learner, "num_actions", int)
-    if kind not in NETWORKS:
-        raise ValueError(f"it has a network {kind!a}, which is unknown here")
-    if not 0 < num_actions < MAX_ACTIONS:
-        raise ValueError(f"it is for {num_actions} actions")
-    if not 0 <= item(learner, "updates", int) < MAX_UPDATES:
+    learner = checkpoint["learner"]
+    if learner["kind"] not in NETWORKS:
+        raise ValueError(f"it has a network {learner['kind']!a}, which is unknown here")
+    if not 0 < learner["num_actions"] < MAX_ACTIONS:
+        raise ValueError(f"it is for {learner['num_actions']} actions")
+    if not 0 <= learner["updates"] < MAX_UPDATES:
         raise ValueError(f"it has {learner['updates']} updates")
-    network = Network(kind, num_actions)
-    parameters = dict(network.named_parameters())
-    for key in ("mean", "network") if "mean" in learner else ("network",):
-        weights = item(learner, key, dict)
-        for name, parameter in parameters.items():
-            check_tensor(name, item(weights, name, torch.Tensor), parameter)
-        if len(weights) > len(parameters):
-            raise ValueError("it has variables that its network has not")
+    network = Network(learner["kind"], learner["num_actions"])
+    weights, moments = dict(network.named_parameters()), {}
+    if learner["updates"]:  # before its first update an optimizer holds nothing
+        for number, weight in enumerate(weights.values()):
+            moments[number] = {"exp_avg": weight, "exp_avg_sq": weight, "step": ZERO}
+    form = {"network": weights, "mean": weights, "optimizer": {"state": moments}}
+    if "mean" not in learner:  # of an earlier version
+        del form["mean"]
+    check_form(learner, form, "learner")
+    if len(learner["network"]) > len(weights) or len(learner["optimizer"]["state"]) > len(moments):
+        raise ValueError("it has variables that its network has not")
     network.load_state_dict(learner["network"])
-    moments = item(item(learner, "optimizer", dict), "state", dict)
-    # Before its first update an optimizer holds nothing.
-    if set(moments) != (set(range(len(parameters))) if learner["updates"] else set()):
-        raise ValueError("its optimizer does not fit its network")
-    for number in moments:
-        moment = item(moments, number, dict)
-        parameter = list(parameters.values())[number]
-        for name, like in (("exp_avg", parameter), ("exp_avg_sq", parameter), ("step", ZERO)):
-            check_tensor(name, item(moment, name, torch.Tensor), like)
-    rng = item(checkpoint, "rng", torch.Tensor)
-    if rng.dtype != torch.uint8:
-        raise ValueError("its random state is of another type")
-    torch.Generator().set_state(rng)  # does it fit?
+    torch.Generator().set_state(checkpoint["rng"])  # does it fit?
     return network
 
 

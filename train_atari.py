@@ -74,6 +74,7 @@ from common import (
     on_signals,
     raise_stopped,
     signals_deferred,
+    signals_kept,
     summary,
     whole,
     write_file,
@@ -94,8 +95,9 @@ FORCED_END_SECONDS = 5.0  # until threads that hang in native code are left behi
 
 # Defaults on a CPU
 CPU_PREDICTORS = 4  # at most, one per two cores: Python runs one thread at a time
-CPU_BATCH = 24  # two messages of twelve players, on two cores
+CPU_BATCH = 24  # most states in a prediction; half of the players, where that is less
 CPU_PLAYERS = 48  # in all: in two processes per core, so that one plays while the other waits
+A3C_PLAYERS = 20  # in all: with its longer segments more of them would double the policy lag
 SIMULATOR_BYTES, PLAYER_BYTES = 35e6, 1.5e6  # measured with Breakout, without what they share
 
 # Ranks
@@ -146,6 +148,14 @@ def switch(text: str) -> int:
 def name(text: str) -> str:
     """The name of a file or directory."""
     if not text or "\0" in text:
+        raise ValueError
+    return text
+
+
+def gpus(text: str) -> str:
+    """Numbers of GPUs, as 0,1,2."""
+    numbers = [whole(number) for number in text.split(",")]
+    if len(set(numbers)) < len(numbers):
         raise ValueError
     return text
 
@@ -208,14 +218,24 @@ LEARNING = (
 )
 SPEED = (
     Option("simulator-proc", count, 50, "simulator processes; on a CPU 2 per core"),
-    Option("players-per-simulator", count, 1, f"on a CPU so many that all are {CPU_PLAYERS}"),
-    Option("predict-batch-size", count, 15, f"most states in a prediction; on a CPU {CPU_BATCH}"),
+    Option("players-per-simulator", count, 1, f"on a CPU {CPU_PLAYERS} in all; a3c {A3C_PLAYERS}"),
+    Option("predict-batch-size", count, 15, "states; on a CPU half of the players, 24 at most"),
     Option("predictor-thread-per-gpu", count, 3, "on a CPU 1 per 2 cores, 4 at most"),
     Option("queue-size", count, 128, "states that may wait for the trainer; default: a batch"),
     Option("bfloat16", switch, 0, "1: the network computes in bfloat16, faster on CPUs with AMX"),
 )
-# With the small network, whose gradients are far below the original's epsilon: see models/README.
-LEARNING_OF_A3C = {"adam-epsilon": 1e-5, "learning-rate": "7e-4", "center-filters": 1}
+# The recipe of the small network, whose gradients are far below the original's epsilon; what was
+# measured of it is in models/README.md.
+LEARNING_OF_A3C = {
+    "local-time-max": 20,
+    "lambda": 0.9,
+    "life-loss": 1,
+    "learning-rate": "7e-4",
+    "entropy-beta": "0.01",
+    "anneal": 1,
+    "adam-epsilon": 1e-5,
+    "center-filters": 1,
+}
 NOT_IN_CHECKPOINT = (
     "task",
     "env",
@@ -248,7 +268,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--env", metavar="ENV", help="gymnasium id of an Atari game, such as Breakout-v0")
     add("--task", choices=ANY, help="default: train")
-    add("--gpu", metavar="GPU", help="GPUs, as 0,1,2; default: all, or the CPU; resumed: as before")
+    add("--gpu", type=gpus, metavar="GPU", help="such as 0,1; default: all, or the CPU")
     add("--load", metavar="FILE", help="weights.npz to start from, or checkpoint.pt to resume")
     add("--output", type=name, metavar="DIR", help="directory of a run, or of what a task writes")
     add("--seed", type=whole, metavar="N", help="of players, sampling, initialization")
@@ -298,15 +318,7 @@ def read_options(arguments: list[str] | None) -> dict:
 
 
 def check_options(options: dict) -> None:
-    """ValueError unless the command line could have given these options to a run.
-
-    `listened` is none of them: it is where the run has listened before, and with which key.
-    """
-    listened = options.get("listened", ("", ""))
-    is_pair = isinstance(listened, (tuple, list)) and len(listened) == 2
-    if not is_pair or not all(isinstance(part, str) for part in listened):
-        raise ValueError(f"it has listened at {listened!a}")
-    options = {option: value for option, value in options.items() if option != "listened"}
+    """ValueError unless the command line could have given these options to a run."""
     flags = [f"{flag(option)}={value}" for option, value in options.items()]
     parser = make_parser()
     parser.error = refuse_value
@@ -332,21 +344,25 @@ def defaults(chosen: dict, on_cpu: bool, ranks: int, one_per_process: bool) -> d
     cores = max(1, count_cores() // ranks)
     values = {value_name(option.name): option.default for option in LEARNING + SPEED}
     values |= {"listen": None, "key": None}
+    most_players = CPU_PLAYERS
     if chosen.get("network") == "a3c":
         values |= {value_name(option): value for option, value in LEARNING_OF_A3C.items()}
+        most_players = values["simulator_proc"] = A3C_PLAYERS
     if on_cpu:
-        most = CPU_PLAYERS // chosen.get("players_per_simulator", 1)
+        most = most_players // chosen.get("players_per_simulator", 1)
         values["simulator_proc"] = ranks * max(1, min(2 * cores, most))
     simulators = max(1, (values | chosen)["simulator_proc"] // ranks)
     if on_cpu:
-        players = 1 if one_per_process else CPU_PLAYERS // simulators
+        players = 1 if one_per_process else most_players // simulators
         values["players_per_simulator"] = max(1, players)
-        values["predict_batch_size"] = CPU_BATCH
         values["predictor_thread_per_gpu"] = min(-(-cores // 2), CPU_PREDICTORS)
     players = simulators * (values | chosen)["players_per_simulator"]
+    if on_cpu:
+        values["predict_batch_size"] = min(CPU_BATCH, -(-players // 2))
     values["predictor_thread_per_gpu"] = min(values["predictor_thread_per_gpu"], simulators)
     values["predict_batch_size"] = min(values["predict_batch_size"], players)
-    values["queue_size"] = (values | chosen)["batch_size"]
+    values["queue_size"] = batch_size = (values | chosen)["batch_size"]
+    values["local_time_max"] = max(1, min(values["local_time_max"], batch_size - 1))
     return values
 
 
@@ -416,17 +432,11 @@ def find_devices(gpus: str | None, ranks: int | None) -> list:
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus is None and (ranks or not available):
         return [torch.device("cpu")] * (ranks or 1)
-    chosen = gpus.split(",") if gpus is not None else map(str, range(available))
-    numbers = [int(gpu) if gpu.isdecimal() else available for gpu in chosen]
-    if max(numbers) >= available or len(set(numbers)) < len(numbers) or ranks:
+    numbers = [int(gpu) for gpu in gpus.split(",")] if gpus is not None else range(available)
+    if max(numbers) >= available or ranks:
         cuda = f"CUDA devices 0 to {available - 1}" if available else "no CUDA device, only the CPU"
         raise UserError(f"--gpu {gpus}: there is {cuda}; --ranks is for the CPU alone", 2)
     return [torch.device("cuda", number) for number in numbers]
-
-
-def describe_ranks(count: int, gpu: str | None) -> str:
-    """`2 ranks on GPU 0,1`, `1 rank on the CPU`."""
-    return f"{count} rank{'s' * (count > 1)} on {'the CPU' if gpu is None else f'GPU {gpu}'}"
 
 
 def gpu_numbers(devices: list) -> str | None:
@@ -436,14 +446,6 @@ def gpu_numbers(devices: list) -> str | None:
     devices = [torch.device(device) for device in devices]
     numbers = dict.fromkeys(str(device.index) for device in devices if device.type == "cuda")
     return ",".join(numbers) or None
-
-
-def ranks_of(options: dict) -> tuple[int | None, str | None]:
-    """Number of ranks and --gpu of a run, in the options of its checkpoint; None: not known."""
-    count, gpu = options.get("ranks"), options.get("gpu")
-    is_count = type(count) is int and 0 < count < 2**16
-    is_gpu = isinstance(gpu, str) and all(number.isdecimal() for number in gpu.split(","))
-    return (count, gpu if is_gpu else None) if is_count else (None, None)
 
 
 def resumed_devices(count: int, gpu: str | None) -> list:
@@ -464,47 +466,43 @@ def choose_devices(gpus: str | None, ranks: int | None, before: dict) -> tuple[l
 
     gpus, ranks: the options as given now; before: the options in the checkpoint of a resumed run.
     """
-    count_before, gpu_before = ranks_of(before)
-    started = "RANK" in os.environ and "BATCH_A3C_LAUNCHER" not in os.environ  # by torchrun
-    world = in_environment("WORLD_SIZE", 1) if started else None
-    if started and ranks not in (None, world):
+    by_torchrun = "RANK" in os.environ and "BATCH_A3C_LAUNCHER" not in os.environ
+    world = in_environment("WORLD_SIZE", 1) if by_torchrun else None
+    if by_torchrun and ranks not in (None, world):
         text = f"--ranks {ranks}: torchrun has started {world}; leave --ranks out"
         raise UserError(text, 2)
-    if gpus is not None or ranks is not None or count_before is None:
+
+    def description(count: int | None, gpu: str | None) -> str:
+        if count is None:
+            return "an unknown number"
+        of_torchrun = "GPUs" if by_torchrun else f"GPU {gpu}"  # each machine has numbers of its own
+        return f"{count} rank{'s' * (count > 1)} on {'the CPU' if gpu is None else of_torchrun}"
+
+    ranks_before, gpu_before = before.get("ranks"), before.get("gpu")
+    if gpus is not None or ranks is not None or ranks_before is None:
         devices = find_devices(gpus, ranks)
     else:
-        local = in_environment("LOCAL_WORLD_SIZE", 1) if started else count_before
+        local = in_environment("LOCAL_WORLD_SIZE", 1) if by_torchrun else ranks_before
         devices = resumed_devices(local, gpu_before)
-    count, gpu = world or len(devices), gpu_numbers(devices)
-    now = describe_ranks(count, gpu)
-    if before and count_before is None and count > 1:
-        return devices, [f"{now}, but the checkpoint does not say how many the run had before"]
-    same = count == count_before and (gpu == gpu_before or (world and gpu and gpu_before))
-    if count_before is None or same:
-        return devices, []
-    return devices, [f"{now} instead of {describe_ranks(count_before, gpu_before)}"]
+    now = description(world or len(devices), gpu_numbers(devices))
+    then = description(ranks_before, gpu_before)
+    return devices, [f"{now} instead of {then}"] if before and now != then else []
 
 
-def resumed_options(saved: dict, given: dict) -> tuple[dict, list[str]]:
-    """The options of a run that a resumed one has too, and what it has differs from before.
+def check_listening(before: dict, given: dict) -> list[str]:
+    """What a resumed run that has listened before does differently; UserError if it may not.
 
-    What belongs to a machine is not among them: the address where the run listened, and its key.
-    They are remembered as `listened`, so that no later start makes another key unasked.
+    It listens again only if it is told to, and never makes another key unasked.
     """
-    of_machine = ("listen", "key", "listened", "gpu", "ranks")
-    options = {name: value for name, value in saved.items() if name not in of_machine}
-    listened, key = saved.get("listened") or (saved.get("listen"), saved.get("key"))
-    if not isinstance(listened, str) or not isinstance(key, str):
-        return options, []
+    if not before.keys() >= {"listen", "key"}:
+        return []
+    listen, key = before["listen"], before["key"]
     if "listen" not in given:
-        options["listened"] = (listened, key)
-        way = f"--listen {listened} --key {key}"
-        return options, [f"it does not listen; as before it would with {way}"]
+        return [f"it does not listen; as before it would with --listen {listen} --key {key}"]
     new_key = given.get("key", key)
     if new_key != key and os.path.exists(key) and not os.path.exists(new_key):
-        text = f"there is no key {new_key}; the key of this run is {key}"
-        raise UserError(text, 2)
-    return options, []
+        raise UserError(f"there is no key {new_key}; the key of this run is {key}", 2)
+    return []
 
 
 def share_simulators(chosen: dict, given: dict, ranks: int) -> list[str]:
@@ -864,28 +862,29 @@ def launch(ranks: int, arguments: list[str]) -> None:
 
 def check_run(saved: dict) -> None:
     """ValueError unless a checkpoint says all that is needed to resume its run."""
-    from model import item
+    from model import check_form
 
-    if not item(saved, "env", str).isprintable():
+    counters = ("epoch", "global_step", "epoch_step", "starts")
+    times = ("elapsed_s", "evaluated_s")
+    at = dict.fromkeys(counters, int) | dict.fromkeys(times, float) | {"best_score": object}
+    check_form(saved, {"env": str, "options": dict, "at": at, "stats": list})
+    check_form({"run_id": "", **saved}, {"run_id": str})  # earlier versions had none
+    check_form({"due": False, **saved["at"]}, {"due": bool})
+    at, stats = saved["at"], saved["stats"]
+    if not saved["env"].isprintable():
         raise ValueError("its env is no name")
-    check_options(item(saved, "options", dict))
-    at, stats = item(saved, "at", dict), item(saved, "stats", list)
-    for counter in ("epoch", "global_step", "epoch_step", "starts"):
-        if not 0 <= item(at, counter, int) < 2**53:
-            raise ValueError(f"its {counter} is {at[counter]}")
-    for seconds in ("elapsed_s", "evaluated_s"):
-        if not 0 <= item(at, seconds, float) < math.inf:
-            raise ValueError(f"its {seconds} is {at[seconds]}")
-    # Before the first whole evaluation it is None.
-    if at.get("best_score", "") is not None and not math.isfinite(item(at, "best_score", float)):
-        raise ValueError(f"its best_score is {at['best_score']}")
-    if "due" in at:
-        item(at, "due", bool)
-    if "run_id" in saved:
-        item(saved, "run_id", str)
+    check_options(saved["options"])
+    if unknown := set(at) - {field.name for field in dataclasses.fields(Progress)}:
+        raise ValueError(f"its at has {min(unknown)!a}, which is unknown here")
+    for name in (*counters, *times):
+        if not 0 <= at[name] < 2**53:
+            raise ValueError(f"its {name} is {at[name]}")
+    if at["best_score"] is not None:  # as it is before the first whole evaluation
+        check_form(at["best_score"], float, "best_score")
+        if not math.isfinite(at["best_score"]):
+            raise ValueError(f"its best_score is {at['best_score']}")
     for epoch in stats:
-        for number in ("epoch_num", "global_step"):
-            item(epoch, number, int)
+        check_form(epoch, {"epoch_num": int, "global_step": int}, "stats")
         if not all(value is None or type(value) in (int, float) for value in epoch.values()):
             raise ValueError("its stats are no numbers")
     if [epoch["epoch_num"] for epoch in stats] != list(range(1, at["epoch"] + 1)):
@@ -1400,7 +1399,7 @@ def scheduled_rates(o: argparse.Namespace, at: Progress) -> dict[str, float]:
     learning_rate = scheduled(o.learning_rate, at.epoch + 1)
     entropy_beta = scheduled(o.entropy_beta, at.epoch + 1)
     if o.anneal:
-        left = 1 - (at.epoch + at.epoch_step / o.steps_per_epoch) / o.max_epoch
+        left = max(0.0, 1 - (at.epoch + at.epoch_step / o.steps_per_epoch) / o.max_epoch)
         learning_rate, entropy_beta = learning_rate * left, entropy_beta * left
     if o.warm_up:
         learning_rate *= min(1.0, (at.global_step + 1) / o.warm_up)
@@ -1655,7 +1654,7 @@ def task_train(given: dict) -> None:
     ):
         of_all = {"seed": ranks.seed, "ranks": ranks.count, "gpu": gpu_numbers(ranks.devices)}
         vars(options).update(of_all)
-        chosen |= {name: value for name, value in of_all.items() if value is not None}
+        chosen = {name: value for name, value in (chosen | of_all).items() if value is not None}
         network = new_network(game, options) if network is None else network
         run = Run(game.env_id, chosen, options, network, ranks, place, saved, log_file, changes)
         train(run, track)
@@ -1670,13 +1669,12 @@ def plan_run(game: common.Game, given: dict, saved: dict) -> tuple:
     if "key" in given:
         given["key"] = os.path.abspath(given["key"])
     before = saved.get("options", {})
-    resumed, changes = resumed_options(before, given)
-    chosen = {"seed": secrets.randbits(32), "network": "ba3c"} | resumed | given
-    devices, other_devices = choose_devices(gpus, ranks, before)
+    chosen = {"seed": secrets.randbits(32), "network": "ba3c"} | before | given
+    devices, changes = choose_devices(gpus, ranks, before)
     local_ranks = in_environment("LOCAL_WORLD_SIZE", len(devices))
-    changes = other_devices + share_simulators(chosen, given, local_ranks) + changes
-    on_cpu = devices[0].type == "cpu"
-    options = complete(chosen, on_cpu, local_ranks, game.one_per_process)
+    changes += share_simulators(chosen, given, local_ranks) + check_listening(before, given)
+    now = {name: chosen[name] for name in chosen if name in given or name not in ("listen", "key")}
+    options = complete(now, devices[0].type == "cpu", local_ranks, game.one_per_process)
     return devices, chosen, options, changes
 
 
@@ -1828,7 +1826,6 @@ def process_kept() -> Iterator[None]:
     Until then what is printed appears line by line, for somebody may be reading, and names that a
     terminal cannot show are printed as numbers.
     """
-    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     mask, hook = signal.pthread_sigmask(signal.SIG_BLOCK, ()), threading.excepthook
     directory = os.getcwd()
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
@@ -1840,7 +1837,8 @@ def process_kept() -> Iterator[None]:
             ways[name] = {"line_buffering": stream.line_buffering, "errors": stream.errors}
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        yield
+        with signals_kept():
+            yield
     finally:
         threading.excepthook = hook
         os.chdir(directory)  # a game may have gone elsewhere
@@ -1851,10 +1849,6 @@ def process_kept() -> Iterator[None]:
                 elif name in ways:
                     stream.reconfigure(**ways[name])
             setattr(sys, name, stream)
-        if threading.current_thread() is threading.main_thread():
-            for signum, handler in handlers.items():
-                if handler is not None:  # one that is not Python's
-                    signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
