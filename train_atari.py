@@ -554,12 +554,12 @@ class Ranks:
             self.store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
             gpu = None if device.type == "cpu" else self.gpu_id()
             about = {"same": same, "device": str(device), "gpu": gpu, "seed": seed}
-            of_all = self.meet(about)
+            of_all = self.gather(about)
             self.devices = [of_one["device"] for of_one in of_all]
             self.seed = of_all[0]["seed"]
-            self.agree(of_all)
+            self.check_same(of_all)
             if in_environment("LOCAL_WORLD_SIZE", 1) == self.count:
-                stay_on_this_machine()
+                listen_on_loopback()
             distributed.init_process_group(
                 "gloo" if device.type == "cpu" else "nccl",
                 store=self.store,
@@ -602,15 +602,15 @@ class Ranks:
                 socket.create_connection((address, port), timeout=2).close()
                 connected = True
             if not connected:
-                self.say_waiting(begin, "rank 0")
+                self.log_waiting(begin, "rank 0")
                 time.sleep(0.2)
         wait = datetime.timedelta(seconds=JOIN_SECONDS)
         return next(distributed.rendezvous("env://", timeout=wait))[0]
 
-    def say_waiting(self, begin: float, whom: str) -> None:
+    def log_waiting(self, begin: float, whom: str) -> None:
         """Say once for whom this rank waits; UserError after JOIN_SECONDS."""
         waited = time.monotonic() - begin
-        if waited > JOIN_LOG_SECONDS and not self.waiting and self.speaks:
+        if waited > JOIN_LOG_SECONDS and not self.waiting and self.prints:
             text = f"rank {self.rank} of {self.count} waits for {whom}"
             print(f"{text}, {JOIN_SECONDS:.0f} seconds at most", flush=True)
             self.waiting = True
@@ -618,11 +618,11 @@ class Ranks:
             raise self.cannot_join(f"waited {JOIN_SECONDS:.0f} seconds for {whom}")
 
     @property
-    def speaks(self) -> bool:
+    def prints(self) -> bool:
         """Whether this rank tells the user what holds for all: one rank of each machine does."""
         return in_environment("LOCAL_RANK", 0) == 0
 
-    def meet(self, about: dict) -> list[dict]:
+    def gather(self, about: dict) -> list[dict]:
         """What each rank says of itself, in their order."""
         self.store.set(f"about {self.rank}", json.dumps(about))
         self.wait_for_all("about")
@@ -636,7 +636,7 @@ class Ranks:
         """Wait until each rank has left this word in the store."""
         begin, ranks = time.monotonic(), range(self.count)
         while missing := [rank for rank in ranks if not self.store.check([f"{word} {rank}"])]:
-            self.say_waiting(begin, ", ".join(f"rank {rank}" for rank in missing))
+            self.log_waiting(begin, ", ".join(f"rank {rank}" for rank in missing))
             time.sleep(0.05)
 
     def gpu_id(self) -> str:
@@ -646,7 +646,7 @@ class Ranks:
         return str(torch.cuda.get_device_properties(self.device).uuid)
 
     @staticmethod
-    def agree(of_all: list[dict]) -> None:
+    def check_same(of_all: list[dict]) -> None:
         """UserError unless all ranks train the same, each on a GPU of its own or all on a CPU."""
         for rank, about in enumerate(of_all):
             for name, value in of_all[0]["same"].items():
@@ -687,7 +687,7 @@ class Ranks:
             time.sleep(0.1)
         raise RanksError(f"rank 0 was not there after {EVALUATION_SECONDS:.0f} seconds")
 
-    def end_of_another(self) -> dict | None:
+    def report_of_another(self) -> dict | None:
         """Why another rank has ended, if one has left word of that."""
         with contextlib.suppress(RuntimeError):  # the store went with rank 0
             for rank in range(self.count):
@@ -696,7 +696,7 @@ class Ranks:
                     return {"rank": rank} | json.loads(self.store.get(key))
         return None
 
-    def leave_word(self, error: BaseException) -> None:
+    def report(self, error: BaseException) -> None:
         """Tell the other ranks why this one ends."""
         import model
 
@@ -713,7 +713,7 @@ class Ranks:
 
     def has_bad_weights(self) -> bool:
         """Whether another rank has ended because the weights are not good any more."""
-        other = self.end_of_another() if self.count > 1 else None
+        other = self.report_of_another() if self.count > 1 else None
         return other is not None and other["weights_are_bad"]
 
     @staticmethod
@@ -736,12 +736,12 @@ class Ranks:
             return error
         lost, stopped = self.is_lost(error), getattr(error, "code", 1) > 128
         if not lost and not stopped:
-            self.leave_word(error)
+            self.report(error)
             diverged = isinstance(error, model.DivergedError)
             return UserError(f"{error}; nothing is saved") if diverged else error
-        waits = self.speaks and not stopped and not signum
+        waits = self.prints and not stopped and not signum
         deadline = time.monotonic() + (REASON_SECONDS if waits else 0)
-        while (other := self.end_of_another()) is None and time.monotonic() < deadline:
+        while (other := self.report_of_another()) is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if other is not None:
             return UserError(f"rank {other['rank']}: {other['text']}", other["code"])
@@ -762,7 +762,7 @@ class Ranks:
         reason = self.explain(error) if isinstance(error, Exception) else error
         if error is None or self.device.type == "cpu":  # NCCL would wait for lost ranks
             distributed.destroy_process_group()  # otherwise gloo may abort this process at its end
-        if not self.speaks and (is_sentence(reason) or isinstance(reason, KeyboardInterrupt)):
+        if not self.prints and (is_sentence(reason) or isinstance(reason, KeyboardInterrupt)):
             sys.exit(getattr(reason, "code", 1 if is_sentence(reason) else 130))
         if reason is not error:
             raise reason from error
@@ -793,7 +793,7 @@ def interrupt_quietly() -> None:
         signal.signal(signal.SIGINT, raise_stopped)
 
 
-def stay_on_this_machine() -> None:
+def listen_on_loopback() -> None:
     """Let gloo and NCCL listen on the loopback interface alone."""
     names = {name for _, name in socket.if_nameindex()}
     for name in names & {"lo", "lo0"}:

@@ -332,13 +332,13 @@ def test_ranks_that_train_something_else_end_with_one_sentence(tmp_path, other, 
 def test_each_rank_has_a_gpu_of_its_own():
     ranks = [{"same": {}, "gpu": gpu} for gpu in ("a", "b", "a")]
     with pytest.raises(UserError, match="own, but ranks 0 and 2 have the same one") as error:
-        Ranks.agree(ranks)
+        Ranks.check_same(ranks)
     assert error.value.code == 2
-    Ranks.agree(ranks[:2])
-    Ranks.agree([{"same": {}, "gpu": None}] * 3)
+    Ranks.check_same(ranks[:2])
+    Ranks.check_same([{"same": {}, "gpu": None}] * 3)
     mixed = [{"same": {}, "gpu": gpu, "device": gpu or "cpu"} for gpu in ("a", None)]
     with pytest.raises(UserError, match="rank 0 is on a, rank 1 on cpu: all ranks need a GPU"):
-        Ranks.agree(mixed)
+        Ranks.check_same(mixed)
 
 
 def test_a_rank_that_never_comes_is_waited_for_with_a_line_and_a_sentence(tmp_path):
