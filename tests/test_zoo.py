@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train_atari import LEARNING_OF_A3C
+
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "models"
 RECIPE = """
@@ -220,6 +222,8 @@ def test_other_bad_input_is_one_sentence(tmp_path):
 def test_the_shipped_recipe_is_one():
     recipe = tomllib.loads((MODELS / "recipe.toml").read_text())
     assert len({game["env"] for game in recipe["games"]}) == len(recipe["games"]) == 12
+    # It is what the program does by itself.
+    assert LEARNING_OF_A3C.items() <= recipe["options"].items()
 
 
 def test_tables_come_out_of_the_shipped_data(tmp_path):
