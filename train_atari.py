@@ -344,13 +344,14 @@ def defaults(chosen: dict, on_cpu: bool, ranks: int, one_per_process: bool) -> d
     cores = max(1, count_cores() // ranks)
     values = {value_name(option.name): option.default for option in LEARNING + SPEED}
     values |= {"listen": None, "key": None}
-    most_players = CPU_PLAYERS
-    if chosen.get("network") == "a3c":
+    is_a3c = chosen.get("network") == "a3c"
+    most_players = A3C_PLAYERS if is_a3c else CPU_PLAYERS
+    most_simulators = max(1, most_players // chosen.get("players_per_simulator", 1))
+    if is_a3c:
         values |= {value_name(option): value for option, value in LEARNING_OF_A3C.items()}
-        most_players = values["simulator_proc"] = A3C_PLAYERS
+        values["simulator_proc"] = most_simulators
     if on_cpu:
-        most = most_players // chosen.get("players_per_simulator", 1)
-        values["simulator_proc"] = ranks * max(1, min(2 * cores, most))
+        values["simulator_proc"] = ranks * min(2 * cores, most_simulators)
     simulators = max(1, (values | chosen)["simulator_proc"] // ranks)
     if on_cpu:
         players = 1 if one_per_process else most_players // simulators

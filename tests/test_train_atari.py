@@ -370,5 +370,23 @@ def test_defaults_on_a_gpu_are_the_originals():
     small = complete({"network": "a3c", "learning_rate": "1e-3"}, on_cpu=False)
     assert (small.adam_epsilon, small.learning_rate, small.warm_up) == (1e-5, "1e-3", 0)
     assert (o.center_filters, small.center_filters) == (0, 1)
+    assert (vars(o)["lambda"], o.life_loss, o.anneal) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("players", [1, 5, 100])
+def test_defaults_of_the_small_network_keep_the_policy_lag_low(monkeypatch, on_cpu, players):
+    """Its longer segments wait longer, so that there are fewer players."""
+    monkeypatch.setattr("train_atari.count_cores", lambda: 2)
+    chosen = {"network": "a3c"} | ({} if players == 1 else {"players_per_simulator": players})
+    o = complete(chosen, on_cpu)
+    assert (vars(o)["lambda"], o.local_time_max, o.life_loss, o.anneal) == (0.9, 20, 1, 1)
+    assert o.simulator_proc * o.players_per_simulator == max(20, players)
+    assert o.predict_batch_size <= max(15, players / 2)
+    # A batch that is smaller than a segment would never be full of finished ones.
+    assert complete(chosen | {"batch_size": 16, "queue_size": 16}, on_cpu).local_time_max == 15
+
+
+def test_what_a_user_chooses_is_not_changed():
     fast = {"simulator_proc": 240, "predict_batch_size": 30, "predictor_thread_per_gpu": 6}
     assert vars(complete(fast, on_cpu=False)).items() >= fast.items()
