@@ -41,7 +41,7 @@ def memory_returned():
     """
     start = time.monotonic()
     yield
-    if time.monotonic() - start > 0.5:  # shorter tests run nothing, and collecting takes time too
+    if time.monotonic() - start > 1:  # shorter tests run nothing, and collecting takes time too
         gc.collect()
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)

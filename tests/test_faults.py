@@ -325,7 +325,7 @@ def test_churn():
             while feed.pool.connected < 4:
                 train(states=1)
             begin, states = time.monotonic(), 0
-            while time.monotonic() < begin + 5:
+            while time.monotonic() < begin + 4:
                 states += kill() if churns else 0
                 states += train(seconds=1.0)
             rates.append(states / (time.monotonic() - begin))
