@@ -190,7 +190,7 @@ TRAIN = ("train",)
 
 
 class Option(NamedTuple):
-    """An option of training that has a default: its name as in `--batch-size`, and its help."""
+    """An option of training that has a default."""
 
     name: str
     type: Callable[[str], Any]
@@ -200,60 +200,48 @@ class Option(NamedTuple):
 
 # Names and values are those of the original's constants; what it has not is off.
 LEARNING = (
-    Option("batch-size", count, 128, "new states per iteration"),
-    Option("local-time-max", count, 5, "steps of an n-step return, at most"),
+    Option("batch_size", count, 128, "new states per iteration"),
+    Option("local_time_max", count, 5, "steps of an n-step return, at most"),
     Option("gamma", positive, 0.99, "discount per step"),
     Option("lambda", fraction, 1.0, "of lambda-returns; 1: n-step returns"),
-    Option("life-loss", switch, 0, "1: a lost life ends the return, in learning only"),
-    Option("learning-rate", schedule, "1e-3,20:3e-4,120:1e-4", "VALUE,EPOCH:VALUE,..."),
-    Option("warm-up", whole, 0, "iterations in which the learning rate rises to its value"),
-    Option("entropy-beta", schedule, "0.01,80:0.005", "VALUE,EPOCH:VALUE,..."),
+    Option("life_loss", switch, 0, "1: a lost life ends the return, in learning only"),
+    Option("learning_rate", schedule, "1e-3,20:3e-4,120:1e-4", "VALUE,EPOCH:VALUE,..."),
+    Option("warm_up", whole, 0, "iterations in which the learning rate rises to its value"),
+    Option("entropy_beta", schedule, "0.01,80:0.005", "VALUE,EPOCH:VALUE,..."),
     Option("anneal", switch, 0, "1: learning rate and entropy weight also fall linearly to 0"),
-    Option("adam-epsilon", positive, 1e-3, "epsilon of Adam in TensorFlow's form"),
-    Option("center-filters", switch, 0, "1: convolutions see differences only, so that none dies"),
-    Option("steps-per-epoch", count, 6000, "iterations per epoch"),
-    Option("max-epoch", count, 1000, "epochs until the run is done"),
-    Option("eval-episode", count, 50, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
-    Option("mean-iterations", count, 1000, "iterations in the mean of the weights"),
+    Option("adam_epsilon", positive, 1e-3, "epsilon of Adam in TensorFlow's form"),
+    Option("center_filters", switch, 0, "1: convolutions see differences only, so that none dies"),
+    Option("steps_per_epoch", count, 6000, "iterations per epoch"),
+    Option("max_epoch", count, 1000, "epochs until the run is done"),
+    Option("eval_episode", count, 50, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
+    Option("mean_iterations", count, 1000, "iterations in the mean of the weights"),
 )
 SPEED = (
-    Option("simulator-proc", count, 50, "simulator processes; on a CPU 2 per core"),
-    Option("players-per-simulator", count, 1, f"on a CPU {CPU_PLAYERS} in all; a3c {A3C_PLAYERS}"),
-    Option("predict-batch-size", count, 15, "states; on a CPU half of the players, 24 at most"),
-    Option("predictor-thread-per-gpu", count, 3, "on a CPU 1 per 2 cores, 4 at most"),
-    Option("queue-size", count, 128, "states that may wait for the trainer; default: a batch"),
+    Option("simulator_proc", count, 50, "simulator processes; on a CPU 2 per core"),
+    Option("players_per_simulator", count, 1, f"on a CPU {CPU_PLAYERS} in all; a3c {A3C_PLAYERS}"),
+    Option("predict_batch_size", count, 15, "states; on a CPU half of the players, 24 at most"),
+    Option("predictor_thread_per_gpu", count, 3, "on a CPU 1 per 2 cores, 4 at most"),
+    Option("queue_size", count, 128, "states that may wait for the trainer; default: a batch"),
     Option("bfloat16", switch, 0, "1: the network computes in bfloat16, faster on CPUs with AMX"),
 )
 # The recipe of the small network, whose gradients are far below the original's epsilon; what was
 # measured of it is in models/README.md.
 LEARNING_OF_A3C = {
-    "local-time-max": 20,
+    "local_time_max": 20,
     "lambda": 0.9,
-    "life-loss": 1,
-    "learning-rate": "7e-4",
-    "entropy-beta": "0.01",
+    "life_loss": 1,
+    "learning_rate": "7e-4",
+    "entropy_beta": "0.01",
     "anneal": 1,
-    "adam-epsilon": 1e-5,
-    "center-filters": 1,
+    "adam_epsilon": 1e-5,
+    "center_filters": 1,
 }
-NOT_IN_CHECKPOINT = (
-    "task",
-    "env",
-    "load",
-    "output",
-    "config",
-    "track",
-)  # a checkpoint keeps none of them
+NOT_IN_CHECKPOINT = ("task", "env", "load", "output", "config", "track")
 
 
 def flag(name: str) -> str:
     """`batch_size` -> `--batch-size`."""
     return "--" + name.replace("_", "-")
-
-
-def value_name(option: str) -> str:
-    """`batch-size` -> `batch_size`."""
-    return option.replace("-", "_")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -342,13 +330,13 @@ def defaults(chosen: dict, on_cpu: bool, ranks: int, one_per_process: bool) -> d
     Simulators are those of all ranks. one_per_process: a process can hold only one of this game.
     """
     cores = max(1, count_cores() // ranks)
-    values = {value_name(option.name): option.default for option in LEARNING + SPEED}
+    values = {option.name: option.default for option in LEARNING + SPEED}
     values |= {"listen": None, "key": None}
     is_a3c = chosen.get("network") == "a3c"
     most_players = A3C_PLAYERS if is_a3c else CPU_PLAYERS
     most_simulators = max(1, most_players // chosen.get("players_per_simulator", 1))
     if is_a3c:
-        values |= {value_name(option): value for option, value in LEARNING_OF_A3C.items()}
+        values |= LEARNING_OF_A3C
         values["simulator_proc"] = most_simulators
     if on_cpu:
         values["simulator_proc"] = ranks * min(2 * cores, most_simulators)
@@ -412,9 +400,8 @@ def read_config(path: str) -> dict:
         chosen = config.get("chosen")
         if not isinstance(chosen, dict) or not isinstance(config.get("env"), str):
             raise ValueError("it has no game or options")
-        known = {value_name(option.name) for option in LEARNING}
-        options = {name: config[name] for name in sorted(known) if name in config}
-        known = {value_name(option.name) for option in SPEED} | {"network", "seed"}
+        options = {option.name: config[option.name] for option in LEARNING if option.name in config}
+        known = {option.name for option in SPEED} | {"network", "seed"}
         options |= {name: value for name, value in chosen.items() if name in known}
         check_options(options)
         return {"env": config["env"]} | options
@@ -1684,7 +1671,7 @@ def shared_options(game: common.Game, options: argparse.Namespace) -> dict:
     same = {"--env": game.env_id, "--network": options.network}
     same["as number of actions"] = game.num_actions
     for option in LEARNING:
-        same[flag(option.name)] = vars(options)[value_name(option.name)]
+        same[flag(option.name)] = vars(options)[option.name]
     return same
 
 
