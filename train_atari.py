@@ -534,13 +534,13 @@ class Ranks:
         self.waiting = False  # it has said that it waits
         if "RANK" not in os.environ:
             return
-        from torch import distributed
+        from torch import cuda, distributed
 
         try:
             self.count = self.world_size()
             self.store = self.find_store()
             self.store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
-            gpu = None if device.type == "cpu" else self.gpu_id()
+            gpu = str(cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
             about = {"same": same, "device": str(device), "gpu": gpu, "seed": seed}
             of_all = self.gather(about)
             self.devices = [of_one["device"] for of_one in of_all]
@@ -568,7 +568,6 @@ class Ranks:
             for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
                 if name not in os.environ:
                     raise self.cannot_join(f"{name} is not set")
-            in_environment("MASTER_PORT", 1)
         count = in_environment("WORLD_SIZE", 1)
         if self.rank >= count:
             raise UserError(f"RANK is {self.rank} in the environment, but WORLD_SIZE {count}", 2)
@@ -584,14 +583,13 @@ class Ranks:
         address, port = os.environ["MASTER_ADDR"], in_environment("MASTER_PORT", 1)
         if self.rank == 0 and not of_torchrun:
             return distributed.TCPStore(address, port, self.count, True, wait_for_workers=False)
-        begin, connected = time.monotonic(), False
-        while not connected:  # torch would wait without a word, and deaf to Ctrl-C
+        begin = time.monotonic()
+        while True:  # torch would wait without a word, and deaf to Ctrl-C
             with contextlib.suppress(OSError):
                 socket.create_connection((address, port), timeout=2).close()
-                connected = True
-            if not connected:
-                self.log_waiting(begin, "rank 0")
-                time.sleep(0.2)
+                break
+            self.log_waiting(begin, "rank 0")
+            time.sleep(0.2)
         wait = datetime.timedelta(seconds=JOIN_SECONDS)
         return next(distributed.rendezvous("env://", timeout=wait))[0]
 
@@ -626,12 +624,6 @@ class Ranks:
         while missing := [rank for rank in ranks if not self.store.check([f"{word} {rank}"])]:
             self.log_waiting(begin, ", ".join(f"rank {rank}" for rank in missing))
             time.sleep(0.05)
-
-    def gpu_id(self) -> str:
-        """The UUID of this rank's GPU."""
-        import torch
-
-        return str(torch.cuda.get_device_properties(self.device).uuid)
 
     @staticmethod
     def check_same(of_all: list[dict]) -> None:
@@ -690,39 +682,27 @@ class Ranks:
 
         weights_are_bad = isinstance(error, (FloatingPointError, model.DivergedError))
         text = first_line(error) if is_sentence(error) else f"{type(error).__name__}: {error}"
-        about = {
-            "text": text,
-            "code": getattr(error, "code", 1),
-            "weights_are_bad": weights_are_bad,
-        }
         with contextlib.suppress(RuntimeError):
-            if not self.store.check([f"end {self.rank}"]):  # the first one is the reason
-                self.store.set(f"end {self.rank}", json.dumps(about))
+            report_end(self.store, self.rank, text, getattr(error, "code", 1), weights_are_bad)
 
     def has_bad_weights(self) -> bool:
         """Whether another rank has ended because the weights are not good any more."""
         other = self.report_of_another() if self.count > 1 else None
         return other is not None and other["weights_are_bad"]
 
-    @staticmethod
-    def is_lost(error: BaseException) -> bool:
-        """Whether this is what a rank gets when it has lost the others."""
-        from torch import distributed
-
-        import model
-
-        return isinstance(error, (model.RanksError, distributed.DistError))
-
     def explain(self, error: Exception, signum: int | None = None) -> Exception:
         """What the run ends with: this error, or what lies behind it in another rank.
 
         signum: of the signal that this rank was sent, if it was.
         """
+        from torch import distributed
+
         import model
 
         if self.count == 1:
             return error
-        lost, stopped = self.is_lost(error), getattr(error, "code", 1) > 128
+        lost = isinstance(error, (model.RanksError, distributed.DistError))
+        stopped = getattr(error, "code", 1) > 128
         if not lost and not stopped:
             self.report(error)
             diverged = isinstance(error, model.DivergedError)
@@ -773,6 +753,13 @@ def join_ranks(devices: list, same: dict, seed: int) -> Ranks:
         if local and error.code == 2:  # all ranks have found it, and one of them says it
             sys.exit(error.code)
         raise
+
+
+def report_end(store, rank: int, text: str, code: int = 1, weights_are_bad: bool = False) -> None:
+    """Tell the other ranks why a rank has ended or ends; the first reason counts."""
+    if not store.check([f"end {rank}"]):
+        about = {"text": text, "code": code, "weights_are_bad": weights_are_bad}
+        store.set(f"end {rank}", json.dumps(about))
 
 
 def interrupt_quietly() -> None:
@@ -827,11 +814,9 @@ def launch(ranks: int, arguments: list[str]) -> None:
                 time.sleep(0.1)
                 failed = next((r for r, process in enumerate(processes) if process.poll()), 0)
             failed = failed if processes[0].poll() is None else 0
-            if failed and not store.check([f"end {failed}"]):
-                text = how_it_ended(processes[failed].returncode)
-                about = {"text": f"it {text}", "code": 1, "weights_are_bad": False}
-                store.set(f"end {failed}", json.dumps(about))
-            if failed:  # rank 0 will notice, unless it waits for simulators or evaluates
+            if failed:
+                report_end(store, failed, f"it {how_it_ended(processes[failed].returncode)}")
+                # Rank 0 will notice, unless it waits for simulators or evaluates.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     processes[0].wait(REASON_SECONDS + 1)
         finally:
