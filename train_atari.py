@@ -106,7 +106,6 @@ JOIN_SECONDS = 300.0  # how long a rank waits for the others at its start
 JOIN_LOG_SECONDS = 5.0  # after so long it says for which ones
 # A collective waits for simulators of other ranks, which may need START_SECONDS three times.
 COLLECTIVE_SECONDS = 1800.0
-EVALUATION_SECONDS = 86400.0  # how long the other ranks wait while rank 0 evaluates
 REASON_SECONDS = 1.0  # how long rank 0 waits for word of why another rank has ended
 RANK_END_SECONDS = 5.0  # how long rank 0 has to save if all ranks are told to end
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
@@ -652,20 +651,17 @@ class Ranks:
         """
         if self.count == 1:
             return
-        from model import RanksError, collective
+        from model import collective
 
-        key, deadline = f"evaluated {number}", time.monotonic() + EVALUATION_SECONDS
-        if self.rank == 0:
+        key = f"evaluated {number}"
+        while True:
             with collective():
-                self.store.set(key, "")
-            return
-        while time.monotonic() < deadline:
-            with collective():
+                if self.rank == 0:
+                    self.store.set(key, "")
                 if self.store.check([key]):
                     return
             check()
             time.sleep(0.1)
-        raise RanksError(f"rank 0 was not there after {EVALUATION_SECONDS:.0f} seconds")
 
     def report_of_another(self) -> dict | None:
         """Why another rank has ended, if one has left word of that."""
