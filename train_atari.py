@@ -1603,6 +1603,8 @@ def task_train(given: dict) -> None:
     elif env_id is None:
         raise UserError("--env is required, for example --env Breakout-v0", 2)
     game = describe(env_id)
+    import torch
+
     import model
 
     if not 0 < game.num_actions < model.MAX_ACTIONS:
@@ -1616,11 +1618,13 @@ def task_train(given: dict) -> None:
     if len(devices) > 1 and "RANK" not in os.environ:
         log_file.close()  # rank 0 opens it again
         return launch(len(devices), arguments)
-    with (
-        log_file or contextlib.nullcontext(),  # to close it lets go of its lock
-        torch_settings_kept(),
-        join_ranks(devices, shared_options(game, options), chosen["seed"]) as ranks,
-    ):
+    with contextlib.ExitStack() as stack:
+        if log_file is not None:
+            stack.enter_context(log_file)  # to close it lets go of its lock
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        same = shared_options(game, options)
+        ranks = stack.enter_context(join_ranks(devices, same, chosen["seed"]))
         of_all = {"seed": ranks.seed, "ranks": ranks.count, "gpu": gpu_numbers(ranks.devices)}
         vars(options).update(of_all)
         chosen = {name: value for name, value in (chosen | of_all).items() if value is not None}
@@ -1795,65 +1799,42 @@ def process_kept() -> Iterator[None]:
     Until then what is printed appears line by line, for somebody may be reading, and names that a
     terminal cannot show are printed as numbers.
     """
-    mask, hook = signal.pthread_sigmask(signal.SIG_BLOCK, ()), threading.excepthook
-    directory = os.getcwd()
-    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    ways = {}
-    for name, stream in streams.items():
-        if stream is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            ways[name] = {"line_buffering": stream.line_buffering, "errors": stream.errors}
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
-    try:
-        with signals_kept():
-            yield
-    finally:
-        threading.excepthook = hook
-        os.chdir(directory)  # a game may have gone elsewhere
-        for name, stream in streams.items():
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it was closed
-                if stream is None:
-                    getattr(sys, name).close()
-                elif name in ways:
-                    stream.reconfigure(**ways[name])
-            setattr(sys, name, stream)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@contextlib.contextmanager
-def torch_settings_kept() -> Iterator[None]:
-    """Leave torch as a caller has set it."""
-    import torch
-
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    try:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    # A game may go to another directory.
+    with signals_kept(), contextlib.chdir("."), contextlib.ExitStack() as stack:
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
+        stack.callback(setattr, threading, "excepthook", threading.excepthook)
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            stack.callback(setattr, sys, name, stream)
+            if stream is None:  # it was closed
+                setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
+            elif hasattr(stream, "reconfigure"):
+                before = {"line_buffering": stream.line_buffering, "errors": stream.errors}
+                stack.callback(reconfigure, stream, **before)
+                reconfigure(stream, line_buffering=True, errors="backslashreplace")
         yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
 
 
+def reconfigure(stream, **how) -> None:
+    """Change how a stream is written, unless it is closed, or nobody reads it any more."""
+    with contextlib.suppress(OSError, ValueError):
+        stream.reconfigure(**how)
+
+
+@process_kept()
 def main(arguments: list[str] | None = None) -> int:
     """Run a task; returns the exit code.
 
     arguments: in place of those of the command line. It may be called from any thread, and again.
     """
-    if arguments is None:
-        arguments = sys.argv[1:]
-    arguments = [str(argument) for argument in arguments]
-    with process_kept():
-        return run_task(arguments)
-
-
-def run_task(arguments: list[str]) -> int:
-    """What main does, in a process that it may change."""
+    arguments = [str(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     # Threads that wait should sleep: there are more of them here than cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What ranks have to say of each other is one sentence, not torch's warnings.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     on_signals(raise_stopped, SIGNALS[1:])
-    if INTERRUPTIBLE and threading.current_thread() is threading.main_thread():
+    if INTERRUPTIBLE and common.in_main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of a rank: its launcher blocked them
