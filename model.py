@@ -525,7 +525,8 @@ def check_form(value, form, name: str = "") -> None:
         if not value.isfinite().all():
             raise ValueError(f"its {name} is not finite")
     elif not isinstance(value, form) or (isinstance(value, bool) and form is not bool):
-        raise ValueError(f"its {name} is no {form.__name__}")  # a truth value is no number
+        # A truth value is no number.
+        raise ValueError(f"its {name} is no {getattr(form, '__name__', form)}")
 
 
 def read_checkpoint(checkpoint: dict) -> Network:

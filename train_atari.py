@@ -427,12 +427,9 @@ def find_devices(gpus: str | None, ranks: int | None) -> list:
 
 
 def gpu_numbers(devices: list) -> str | None:
-    """What --gpu is for these devices; None for the CPU."""
-    import torch
-
-    devices = [torch.device(device) for device in devices]
-    numbers = dict.fromkeys(str(device.index) for device in devices if device.type == "cuda")
-    return ",".join(numbers) or None
+    """What --gpu is for these devices, or for their names; None for the CPU."""
+    numbers = [str(device).removeprefix("cuda:") for device in devices if str(device) != "cpu"]
+    return ",".join(dict.fromkeys(numbers)) or None
 
 
 def resumed_devices(count: int, gpu: str | None) -> list:
@@ -833,32 +830,28 @@ def check_run(saved: dict) -> None:
     """ValueError unless a checkpoint says all that is needed to resume its run."""
     from model import check_form
 
-    counters = ("epoch", "global_step", "epoch_step", "starts")
-    times = ("elapsed_s", "evaluated_s")
-    at = dict.fromkeys(counters, int) | dict.fromkeys(times, float) | {"best_score": object}
-    check_form(saved, {"env": str, "options": dict, "at": at, "stats": list})
-    check_form({"run_id": "", **saved}, {"run_id": str})  # earlier versions had none
-    check_form({"due": False, **saved["at"]}, {"due": bool})
-    at, stats = saved["at"], saved["stats"]
+    check_form(saved, {"env": str, "options": dict, "at": dict, "stats": list})
+    # Earlier versions had neither `due` nor `run_id`.
+    at, stats = {"due": False, **saved["at"]}, saved["stats"]
+    fields = {field.name: field.type for field in dataclasses.fields(Progress)}
+    check_form({"run_id": "", **saved, "at": at}, {"run_id": str, "at": fields})
     if not saved["env"].isprintable():
         raise ValueError("its env is no name")
     check_options(saved["options"])
-    if unknown := set(at) - {field.name for field in dataclasses.fields(Progress)}:
+    if unknown := at.keys() - fields:
         raise ValueError(f"its at has {min(unknown)!a}, which is unknown here")
-    for name in (*counters, *times):
-        if not 0 <= at[name] < 2**53:
-            raise ValueError(f"its {name} is {at[name]}")
-    if at["best_score"] is not None:  # as it is before the first whole evaluation
-        check_form(at["best_score"], float, "best_score")
-        if not math.isfinite(at["best_score"]):
-            raise ValueError(f"its best_score is {at['best_score']}")
+    for name, value in at.items():
+        if name != "best_score" and not 0 <= value < 2**53:
+            raise ValueError(f"its {name} is {value}")
+    if not math.isfinite(at["best_score"] or 0.0):  # None before the first whole evaluation
+        raise ValueError(f"its best_score is {at['best_score']}")
     for epoch in stats:
         check_form(epoch, {"epoch_num": int, "global_step": int}, "stats")
         if not all(value is None or type(value) in (int, float) for value in epoch.values()):
             raise ValueError("its stats are no numbers")
     if [epoch["epoch_num"] for epoch in stats] != list(range(1, at["epoch"] + 1)):
         raise ValueError(f"its stats are not those of {at['epoch']} epochs")
-    if at.get("due") and not stats:
+    if at["due"] and not stats:
         raise ValueError("an evaluation is due before the first epoch")
 
 
@@ -867,13 +860,13 @@ def read_json(path: str, kind: type):
     try:
         with open(path, "rb") as file:
             content = json.load(file)
+        if not isinstance(content, kind):
+            raise ValueError
+        return content
     except OSError as error:
         raise ValueError(f"it has no {os.path.basename(path)}") from error
     except ValueError as error:
         raise ValueError(f"its {os.path.basename(path)} is damaged") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"its {os.path.basename(path)} is damaged")
-    return content
 
 
 def check_directory(path: str, saved: dict) -> None:
