@@ -235,15 +235,12 @@ def write_file(path: str, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def output_directory(path: str | None) -> Iterator[None]:
-    """Make an output directory, or take an empty one; None: there is none.
+def output_directory(path: str) -> Iterator[None]:
+    """Make an output directory, or take an empty one.
 
     If it is empty at the end of the block, what was made here is removed again, so that the same
     command can be repeated. Raises UserError if the directory cannot be used.
     """
-    if path is None:
-        yield
-        return
     made, directory = [], os.path.abspath(path)
     while not os.path.lexists(directory):
         made.append(directory)
@@ -320,16 +317,6 @@ def make_env(env_id: str, window: bool = False) -> gymnasium.Env:
     return env
 
 
-def close_env(env: gymnasium.Env) -> None:
-    """Close an environment, whatever that makes of it: nothing needs it any more."""
-    try:
-        env.close()
-    except Stopped:
-        raise
-    except (Exception, SystemExit):
-        pass
-
-
 @contextlib.contextmanager
 def failures_named(env_id: str) -> Iterator[None]:
     """Make a sentence, a UserError, of whatever a game raises in this process."""
@@ -340,6 +327,12 @@ def failures_named(env_id: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{env_id} failed: {type(error).__name__}: {reason}") from error
+
+
+def close_env(env: gymnasium.Env) -> None:
+    """Close an environment, whatever that makes of it: nothing needs it any more."""
+    with contextlib.suppress(UserError), failures_named("it"):
+        env.close()
 
 
 class Game(NamedTuple):
@@ -353,19 +346,16 @@ class Game(NamedTuple):
 @functools.cache
 def describe(env_id: str) -> Game:
     """Make an environment and ask it; UserError as of make_env."""
-    directory = os.getcwd()
-    env = make_env(env_id)
-    module, colon, name = env_id.rpartition(":")
-    if env.spec is not None:
-        name = env.spec.id
-    try:
-        close_env(make_env(env_id))
-        one_per_process = False
-    except UserError:
-        one_per_process = True
-    close_env(env)
-    os.chdir(directory)  # a game may have gone elsewhere
-    return Game(module + colon + name, int(env.action_space.n), one_per_process)
+    one_per_process = True
+    with contextlib.chdir("."):  # a game may go to another directory
+        env = make_env(env_id)
+        with contextlib.suppress(UserError):
+            close_env(make_env(env_id))
+            one_per_process = False
+        close_env(env)
+    module, colon, _ = env_id.rpartition(":")
+    name = module + colon + env.unwrapped.spec.id
+    return Game(name, int(env.action_space.n), one_per_process)
 
 
 def is_originals(env: gymnasium.Env) -> bool:

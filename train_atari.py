@@ -1694,7 +1694,7 @@ def task_eval(given: dict) -> None:
     from predictor import score
 
     output = given.get("output")
-    with common.output_directory(output):
+    with contextlib.nullcontext() if output is None else common.output_directory(output):
         episodes = score(env_id, network, num_episodes, seed, log=print)
         seconds = round(time.monotonic() - start, 1)
         print(common.table(summary(episodes) | {"seed": seed, "seconds": seconds}))
