@@ -514,7 +514,7 @@ class Video:
         import imageio_ffmpeg  # simulators do not need it
 
         self.path, self.partial = path, hidden(path, "partial.mp4")
-        self.num_frames, self.is_finished = 0, False
+        self.num_frames = 0
         height, width = screen.shape[:2]
         options = {"fps": fps, "macro_block_size": 2, "ffmpeg_log_level": "quiet"}
         self.encoder = {
@@ -551,13 +551,12 @@ class Video:
         if encoded != self.num_frames:
             what = f"it has {encoded} of {self.num_frames} frames"
             raise OSError(f"cannot write {self.path}: {what}")
-        self.is_finished = True  # first: an interrupt between the two lines must not leave a file
         os.replace(self.partial, self.path)
 
     def drop(self) -> None:
-        """End the encoder, and remove the file."""
+        """End the encoder, and remove the file, whether it has its name already or not."""
         self.frames.close()
-        for path in (self.partial, self.path) if self.is_finished else (self.partial,):
+        for path in (self.partial, self.path):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
@@ -667,36 +666,28 @@ def write_json(directory: str, name: str, content) -> None:
 
 
 def write_submission(
-    directory: str,
-    env_id: str,
-    recorder: Recorder,
-    episodes: list[Episode],
-    model: str,
-    config: dict,
-    weights: bytes | None = None,
+    directory: str, recorder: Recorder, episodes: list, model: str, config: dict, weights: bytes
 ) -> None:
     """Write everything beside the videos in `directory`, as of the episodes so far.
 
     For gym, what its Monitor wrote; for Hugging Face, what its hub shows of an agent. The first
     time it writes the `weights` too, into the file `model`. Files come before those that name them.
     """
-    if weights is not None and recorder.replay is None:
+    if recorder.replay is None:
         write_file(os.path.join(directory, model), weights)
     best = max(recorder.finished, key=lambda episode: episodes[episode].score)
     if best != recorder.replay:
         with open(recorder.finished[best].path, "rb") as video:
             write_file(os.path.join(directory, "replay.mp4"), video.read())
-    result = results(env_id, episodes)
+    result = results(recorder.env_id, episodes)
     write_json(directory, "results.json", result)
     write_json(directory, "config.json", config)
     write_file(os.path.join(directory, "README.md"), model_card(result, model).encode())
-    write_monitor_files(directory, env_id, recorder, episodes)
+    write_monitor_files(directory, recorder, episodes)
     recorder.replay = best
 
 
-def write_monitor_files(
-    directory: str, env_id: str, recorder: Recorder, episodes: list[Episode]
-) -> None:
+def write_monitor_files(directory: str, recorder: Recorder, episodes: list[Episode]) -> None:
     """Write what gym's Monitor wrote beside its videos: metadata, statistics, and the manifest."""
     infix = f"0.{os.getpid()}"
     videos = []
@@ -722,6 +713,6 @@ def write_monitor_files(
     manifest = {
         "stats": stats_name,
         "videos": videos,
-        "env_info": {"gym_version": gymnasium.__version__, "env_id": env_id},
+        "env_info": {"gym_version": gymnasium.__version__, "env_id": recorder.env_id},
     }
     write_json(directory, f"openaigym.manifest.{infix}.manifest.json", manifest)

@@ -1700,8 +1700,7 @@ def task_eval(given: dict) -> None:
         print(common.table(summary(episodes) | {"seed": seed, "seconds": seconds}))
         if output is not None:
             result = common.results(env_id, episodes) | {"seed": seed}
-            path = os.path.join(output, "results.json")
-            write_file(path, json.dumps(result, indent=1).encode())
+            common.write_json(output, "results.json", result)
 
 
 def watch(players, network, num_episodes: int, seed: int, each: Callable) -> None:
@@ -1770,7 +1769,7 @@ def task_gen_submit(given: dict) -> None:
     }
 
     def submit(episodes: list) -> None:
-        common.write_submission(output, env_id, recorder, episodes, model, config, weights)
+        common.write_submission(output, recorder, episodes, model, config, weights)
 
     with common.output_directory(output):
         recorder = Recorder(env_id, seed, path_of)

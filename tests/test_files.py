@@ -608,7 +608,7 @@ def fail(*_, **__):
         ("play", "common.Video.finish", fail, 1),
         ("eval", "predictor.VectorPlayers", fail, 1),
         ("eval", "predictor.evaluate", interrupt, 130),
-        ("eval", "train_atari.write_file", fail, 1),
+        ("eval", "common.write_file", fail, 1),
     ],
 )
 def test_what_failed_may_be_done_once_more(weights, monkeypatch, capsys, task, place, how, code):

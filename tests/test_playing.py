@@ -233,7 +233,7 @@ def test_every_game(game, tmp_path):
     assert [episode.length for episode in episodes] == [6, 6]
     height = recorder.player.screen.shape[0]
     assert frames_of(tmp_path / "0.mp4").shape == (6, height, 160, 3)
-    write_submission(str(tmp_path), env_id, recorder, episodes, model="x.npz", config={})
+    write_submission(str(tmp_path), recorder, episodes, "x.npz", config={}, weights=b"")
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["env_id"] == env_id and result["episode_lengths"] == [6, 6]
     assert 3 <= recorder.player.num_actions <= 18
