@@ -583,21 +583,17 @@ class Predictor(threading.Thread):
             self.feed.error = error
             self.feed.queue.close()
 
-    def new_rollouts(self) -> Rollouts:
-        """For a simulator that has just begun."""
-        o = self.options
-        lambda_ = vars(o)["lambda"]
-        return Rollouts(self.master.players, o.local_time_max, o.gamma, lambda_, bool(o.life_loss))
-
     def answer(self, messages: list[Message]) -> None:
         """Enter messages into the rollouts, choose actions for all their players, and reply."""
         if not messages:
             return
-        states = []
+        o, k, states = self.options, self.master.players, []
         for message in messages:
             self.feed.scores.extend(score for score, _ in message.finished)
             if message.is_first:  # what is left of another simulator in this place is dropped
-                self.rollouts[message.place] = self.new_rollouts()
+                self.rollouts[message.place] = Rollouts(
+                    k, o.local_time_max, o.gamma, vars(o)["lambda"], bool(o.life_loss)
+                )
             rollouts = self.rollouts[message.place]
             for segment in rollouts.finish_steps(message):
                 if not self.feed.queue.put(segment):
@@ -613,7 +609,6 @@ class Predictor(threading.Thread):
         actions = sample_actions(policy, self.rng)
         probs = policy[np.arange(len(actions)), actions]
         actions, probs, values = actions.tolist(), probs.tolist(), value.tolist()
-        k = self.master.players
         for i, message in enumerate(messages):
             part = slice(i * k, (i + 1) * k)
             self.master.reply(message, actions[part])

@@ -368,10 +368,7 @@ class SimulatorPool:
 
     def start_missing(self) -> None:
         """Start simulators that are not there, not more at once than the cores can start."""
-        starting = 0
-        for index, slot in enumerate(self.slots):
-            if slot.process is not None and self.first_message_at(index) is None:
-                starting += 1
+        starting = sum(slot.process is not None for slot in self.slots) - self.connected
         for index, slot in enumerate(self.slots):
             if slot.process is None and starting < self.most_starting:
                 self.start(index)
@@ -380,10 +377,8 @@ class SimulatorPool:
     @property
     def connected(self) -> int:
         """How many simulators play."""
-        slots = enumerate(self.slots)
-        return sum(
-            slot.process is not None and self.first_message_at(i) is not None for i, slot in slots
-        )
+        started = (index for index, slot in enumerate(self.slots) if slot.process is not None)
+        return sum(self.first_message_at(index) is not None for index in started)
 
     def collect_ended(self) -> list[str]:
         """Free the slots of simulators that have ended; returns a sentence for each.
@@ -500,12 +495,6 @@ def split_address(address: str) -> tuple[str, int]:
     return host, port
 
 
-def find_run(host: str, port: int) -> int:
-    """Whether the run is reached over IPv6, as 0 or 1; OSError if it is not reached."""
-    with create_connection((host, port), timeout=REACH_SECONDS) as connection:
-        return int(connection.family == AF_INET6)
-
-
 class RemotePool(SimulatorPool):
     """Simulators that join a run on another machine, and join it again when they lost it."""
 
@@ -521,8 +510,7 @@ class RemotePool(SimulatorPool):
 
     def options(self, index: int) -> list[str]:
         """The address of the run."""
-        key = os.path.abspath(self.a.key)
-        return [f"--connect={self.a.connect}", f"--key={key}", f"--ipv6={self.a.ipv6}"]
+        return [f"--connect={self.a.connect}", f"--key={self.a.key}", f"--ipv6={self.a.ipv6}"]
 
     def first_message_at(self, index: int) -> float | None:
         """Assumed: a simulator that a run does not take ends within SETTLED_SECONDS."""
@@ -554,7 +542,8 @@ def join_run(a: argparse.Namespace) -> None:
                 said.clear()
             if any(slot.process is None for slot in pool.slots):
                 try:
-                    a.ipv6 = find_run(host, port)
+                    with create_connection((host, port), timeout=REACH_SECONDS) as connection:
+                        a.ipv6 = int(connection.family == AF_INET6)
                     pool.start_missing()
                 except OSError as error:
                     say(f"cannot reach {a.connect} ({error.strerror or error}); trying again")
