@@ -294,13 +294,15 @@ def tasks_of(name: str) -> tuple[str, ...]:
 def read_options(arguments: list[str] | None) -> dict:
     """The options that are given on the command line, by name; SystemExit if they are wrong.
 
-    UserError for an option that the task does not have.
+    UserError for an option that the task does not have, and where nothing tells the game.
     """
     given = vars(make_parser().parse_args(arguments))
     for option in given:
         if given["task"] not in tasks_of(option):
             tasks = f"--task {listed(tasks_of(option))}"
             raise UserError(f"{flag(option)} is for {tasks}, not for --task {given['task']}", 2)
+    if not given.keys() & {"env", "load", "config"}:
+        raise UserError("--env is required, for example --env Breakout-v0", 2)
     return given
 
 
@@ -1585,7 +1587,6 @@ def task_train(given: dict) -> None:
         if given.get("load", "").endswith(".pt"):
             raise UserError("--config starts a run, and a checkpoint has options of its own", 2)
         given = read_config(given.pop("config")) | given
-    del given["task"]
     load, output, saved = given.pop("load", None), given.pop("output", None), {}
     env_id, network = given.pop("env", None), None
     if load is not None:
@@ -1593,8 +1594,6 @@ def task_train(given: dict) -> None:
         kind = given.setdefault("network", network.kind)
         if kind != network.kind:
             raise UserError(f"{load} holds the network {network.kind}, not {kind}")
-    elif env_id is None:
-        raise UserError("--env is required, for example --env Breakout-v0", 2)
     game = describe(env_id)
     import torch
 
@@ -1670,8 +1669,6 @@ def load_agent(given: dict) -> tuple:
     """Game, network, number of episodes and seed of a task that plays."""
     env_id, path = given.get("env"), given.get("load")
     if path is None:
-        if env_id is None:
-            raise UserError("--env is required, for example --env Breakout-v0", 2)
         env_id = describe(env_id).env_id
         path = os.path.join(MODELS, f"{file_name(env_id)}.npz")
         if not os.path.exists(path):
@@ -1831,7 +1828,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of a rank: its launcher blocked them
         given = read_options(arguments)
-        TASKS[given["task"]](given | {"arguments": arguments})
+        TASKS[given.pop("task")](given | {"arguments": arguments})
         return 0
     except SystemExit as error:  # of a signal, of the ranks, or of the parser, which has said why
         return error.code
