@@ -975,8 +975,8 @@ class RunDirectory:
     A file that cannot be written is in `unwritten`, and training continues.
     """
 
-    def __init__(self, path: str, log_file=None):
-        self.path, self.log_file = path, log_file
+    def __init__(self, place: RunLocation, log_file=None):
+        self.place, self.path, self.log_file = place, place.path, log_file
         self.unwritten: dict[str, OSError] = {}  # files that are out of date, and why
 
     def log(self, text: str) -> None:
@@ -1078,31 +1078,21 @@ class Progress:
 class Run:
     """A training run, restored from a checkpoint or new: the state that `train` works on.
 
-    chosen: the options that the user gave, now or before; options: all of them; saved: the
-    checkpoint ({} for a new run); log_file: of rank 0, from open_run; changes: what a resumed run
-    has differs from before.
+    chosen: the options that the user gave, now or before; options: all of them, and the game;
+    saved: the checkpoint ({} for a new run).
     """
 
     def __init__(
-        self,
-        env_id: str,
-        chosen: dict,
-        options: argparse.Namespace,
-        network,
-        ranks: Ranks,
-        place: RunLocation,
-        saved: dict,
-        log_file,
-        changes: list[str],
+        self, chosen: dict, options, network, ranks: Ranks, directory: RunDirectory, saved: dict
     ):
         import model
 
-        self.env_id, self.chosen, self.options, self.ranks = env_id, chosen, options, ranks
+        self.chosen, self.options, self.ranks, self.directory = chosen, options, ranks, directory
         if ranks.rank:
             options.listen = None
-        self.directory = RunDirectory(place.path, log_file)
         # By this name files know that they are of the same run.
-        self.run_id = (saved.get("run_id") if place.is_resumed else None) or secrets.token_hex(8)
+        is_resumed = directory.place.is_resumed
+        self.run_id = (saved.get("run_id") if is_resumed else None) or secrets.token_hex(8)
         columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
         self.metrics = Metrics(columns)
         self.at, self.stats = Progress(), []  # stats: an object for each epoch done
@@ -1121,11 +1111,8 @@ class Run:
             bfloat16=options.bfloat16,
             mean_iterations=options.mean_iterations,
         )
-        self.log(place.sentence)
         if saved:
             self.restore(saved)
-        if changes:
-            self.log("differs from before: " + "; ".join(changes))
         of_all = self.learner.share({"at": dataclasses.asdict(self.at), "stats": self.stats})
         self.at, self.stats = Progress(**of_all["at"]), of_all["stats"]
         self.started_at -= self.at.elapsed_s
@@ -1155,7 +1142,7 @@ class Run:
         """What config.json says."""
         packages = {name: version(name) for name in PACKAGES}
         return {
-            "env": self.env_id,
+            "env": self.options.env,
             "run_id": self.run_id,
             **vars(self.options),
             "simulator_proc": self.options.simulator_proc * self.local_ranks,
@@ -1176,7 +1163,7 @@ class Run:
         device, num_actions = self.ranks.device, network.num_actions
         place = f"{self.directory.path}, seed {o.seed}"
         facts = {
-            "run": f"{self.env_id} ({num_actions} actions) in {place}",
+            "run": f"{o.env} ({num_actions} actions) in {place}",
             "network": f"{network.kind}, {parameters:,} parameters",
             "device": f"{device}, {count_cores()} cores, predictors: {o.predictor_thread_per_gpu}",
             "players": f"{o.simulator_proc} processes x {o.players_per_simulator} = {players}",
@@ -1249,7 +1236,7 @@ class Run:
             self.directory.write_json("config.json", self.config)
         self.directory.write_json("stats.json", self.stats)
         run = {
-            "env": self.env_id,
+            "env": self.options.env,
             "run_id": self.run_id,
             "options": self.chosen,
             "at": dataclasses.asdict(self.at),
@@ -1275,7 +1262,7 @@ def train(run: Run, track: bool = False) -> None:
         if run.ranks.rank == 0:
             start_writer(run, track, stack)
         run.feed = stack.enter_context(
-            contextlib.closing(Feed(run.env_id, run.options, run.learner, seeds))
+            contextlib.closing(Feed(run.options.env, run.options, run.learner, seeds))
         )
         try:
             while run.at.epoch < run.options.max_epoch or run.at.due:
@@ -1490,7 +1477,7 @@ def evaluate_network(run: Run, network, title: str, seconds: float) -> dict[str,
             raise
 
     try:
-        episodes = score(run.env_id, network, num_episodes, seed, log, seconds, check)
+        episodes = score(run.options.env, network, num_episodes, seed, log, seconds, check)
     except (UserError, OSError) as error:  # no room for its players on a full disk, for example
         if ends:
             raise
@@ -1618,11 +1605,14 @@ def task_train(given: dict) -> None:
         same = shared_options(game, options)
         ranks = stack.enter_context(join_ranks(devices, same, chosen["seed"]))
         of_all = {"seed": ranks.seed, "ranks": ranks.count, "gpu": gpu_numbers(ranks.devices)}
-        vars(options).update(of_all)
+        vars(options).update(of_all, env=game.env_id)
         chosen = {name: value for name, value in (chosen | of_all).items() if value is not None}
         network = new_network(game, options) if network is None else network
-        run = Run(game.env_id, chosen, options, network, ranks, place, saved, log_file, changes)
-        train(run, track)
+        directory = RunDirectory(place, log_file)
+        directory.log(place.sentence)
+        if changes:
+            directory.log("differs from before: " + "; ".join(changes))
+        train(Run(chosen, options, network, ranks, directory, saved), track)
 
 
 def plan_run(game: common.Game, given: dict, saved: dict) -> tuple:

@@ -28,7 +28,16 @@ import predictor
 import simulator
 import train_atari
 from common import Episode
-from train_atari import Ranks, Run, RunLocation, complete, load_for, main, open_run
+from train_atari import (
+    Ranks,
+    Run,
+    RunDirectory,
+    RunLocation,
+    complete,
+    load_for,
+    main,
+    open_run,
+)
 
 GAME = "tests.games:Catch-v0"
 CATCH = ("--env", GAME)
@@ -89,8 +98,9 @@ def make_training(path, saved=None):
     network = model.Network("a3c", 3)
     log_file = open_run(str(path), is_resumed=True)
     ranks = Ranks(torch.device("cpu"), {}, seed=1)  # this one alone
-    place = RunLocation(str(path), bool(saved), "a place")
-    made = Run(GAME, chosen, options, network, ranks, place, saved or {}, log_file, [])
+    options.env = GAME
+    directory = RunDirectory(RunLocation(str(path), bool(saved), "a place"), log_file)
+    made = Run(chosen, options, network, ranks, directory, saved or {})
     made.feed = SimpleNamespace(check=list, scores=[])
     made.bar = SimpleNamespace(disable=False, set_postfix_str=lambda text: None)
     return made
