@@ -10,6 +10,7 @@ import datetime
 import difflib
 import fcntl
 import functools
+import glob
 import json
 import math
 import os
@@ -188,11 +189,7 @@ def remove_leftovers() -> None:
     and what belongs to another user.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
-    parent, names = tempfile.gettempdir(), []
-    with contextlib.suppress(OSError):  # it may not be readable
-        names = [name for name in os.listdir(parent) if name.startswith(PREFIX)]
-    for name in names:
-        path = os.path.join(parent, name)
+    for path in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), PREFIX + "*")):
         with contextlib.suppress(OSError):  # it belongs to somebody else, or is gone
             directory = os.open(path, flags)
             try:
@@ -226,12 +223,11 @@ def write_file(path: str, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):  # it is there only if something went wrong
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(f"cannot write {path}: {error.strerror}") from error
-        raise
 
 
 @contextlib.contextmanager
