@@ -185,7 +185,6 @@ def in_environment(name: str, default: int) -> int:
 
 PLAYING = ("play", "eval", "gen_submit")
 ANY = ("train", *PLAYING)
-TRAIN = ("train",)
 
 
 class Option(NamedTuple):
@@ -288,7 +287,7 @@ def tasks_of(name: str) -> tuple[str, ...]:
     """The tasks that an option, by the name of its value, is for."""
     if name in ("env", "task", "gpu", "load", "output", "seed"):
         return ANY
-    return PLAYING if name == "episode" else TRAIN
+    return PLAYING if name == "episode" else ("train",)
 
 
 def read_options(arguments: list[str] | None) -> dict:
@@ -1008,7 +1007,7 @@ class RunDirectory:
 
 
 class Metrics:
-    """What the iterations of an epoch have measured: checked, shown, and averaged.
+    """What the iterations of an epoch have measured: checked and shown.
 
     Metrics stay on the device until they are needed, because reading them waits for a GPU.
     """
@@ -1038,15 +1037,6 @@ class Metrics:
                 raise FloatingPointError(f"{name} is {value} in iteration {step}")
         self.unread = []
 
-    def means(self, first: int, seconds: float) -> dict[str, float | None]:
-        """Means over the iterations from the `first` one on; None where there was none."""
-        rows, means = np.array(self.rows[first:]), dict.fromkeys(self.columns)
-        if len(rows):
-            means = dict(zip(self.columns, rows.mean(axis=0).tolist(), strict=True))
-            means["policy_lag_max"] = float(rows[:, self.columns.index("policy_lag_max")].max())
-        means["it_per_s"] = len(rows) / seconds
-        return means
-
     def add_scalars(self, metrics: dict, step: int) -> None:
         """Show in TensorBoard what there is of these metrics."""
         for name, value in metrics.items():
@@ -1056,9 +1046,8 @@ class Metrics:
 
     def close(self) -> None:
         """Write what TensorBoard has not written yet."""
-        if self.writer is not None:
-            with contextlib.suppress(Exception):  # it says again what its thread said
-                self.writer.close()
+        with contextlib.suppress(Exception):  # it says again what its thread said
+            self.writer.close()
 
 
 @dataclasses.dataclass
@@ -1210,15 +1199,23 @@ class Run:
         self.metrics.collect(self.at.global_step)
 
     def means(self, first: int, since: float) -> dict[str, float | None]:
-        """All metrics of the iterations from the `first` one of this epoch on, since a moment."""
+        """All metrics of the iterations from the `first` one of this epoch on, since a moment.
+
+        Means, which are None where there was no iteration.
+        """
         self.collect()
-        metrics = self.metrics.means(first, time.monotonic() - since)
-        states = self.options.batch_size * self.ranks.count  # of an iteration
+        columns, rows = self.metrics.columns, np.array(self.metrics.rows[first:])
+        means = dict.fromkeys(columns)
+        if len(rows):
+            means = dict(zip(columns, rows.mean(axis=0).tolist(), strict=True))
+            means["policy_lag_max"] = float(rows[:, columns.index("policy_lag_max")].max())
+        it_per_s = len(rows) / (time.monotonic() - since)
         scores = list(self.feed.scores)  # of the last training episodes
         return {
-            **metrics,
+            **means,
+            "it_per_s": it_per_s,
             **self.rates,
-            "states_per_s": metrics["it_per_s"] * states,
+            "states_per_s": it_per_s * self.options.batch_size * self.ranks.count,
             "train_score": sum(scores) / len(scores) if scores else None,
             "train_episodes": len(scores),
         }
