@@ -620,7 +620,7 @@ class Predictor(threading.Thread):
 class Feed:
     """The trainer's source of experience: simulators, a predictor for each group, and the queue.
 
-    `error` is what has ended a predictor, if something has.
+    `error` is what has ended a predictor, or has to end the run, if something has.
     """
 
     def __init__(self, env_id: str, options, learner: Learner, seeds: np.random.SeedSequence):
@@ -662,7 +662,11 @@ class Feed:
         """What happened to simulators since the last time; raises what has to end the run."""
         if self.error is not None:
             raise self.error
-        events = self.pool.replace_ended()
+        try:
+            events = self.pool.replace_ended()
+        except UserError as error:  # whoever asks again is told again
+            self.error = error
+            raise
         dropped = sum(master.dropped for master in self.masters)
         if dropped and not self.dropped:
             events.append("messages of others, of other games, or for other --players are dropped")

@@ -1464,20 +1464,10 @@ def evaluate_network(run: Run, network, title: str, seconds: float) -> dict[str,
     at, num_episodes = run.at, run.options.eval_episode
     log(f"{num_episodes} episodes in {seconds:.0f} s at most")
     seed = (run.options.seed + at.epoch) % 2**32
-    ends: list[Exception] = []  # what ends the run, not only this evaluation
-
-    def check() -> None:
-        try:
-            run.check()
-        except Exception as error:
-            ends.append(error)
-            raise
-
     try:
-        episodes = score(run.options.env, network, num_episodes, seed, log, seconds, check)
+        episodes = score(run.options.env, network, num_episodes, seed, log, seconds, run.check)
     except (UserError, OSError) as error:  # no room for its players on a full disk, for example
-        if ends:
-            raise
+        run.check()  # raises once more what ends the run, not only this evaluation
         log(f"given up: {error}{without_best(run)}")
         return dict(NOT_EVALUATED)
     result, finished = summary(episodes), sum(episode.finished for episode in episodes)
