@@ -59,26 +59,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import common
-from common import (
-    FRAME_SHAPE,
-    SIGNALS,
-    PrivateDirectory,
-    Recorder,
-    UserError,
-    child_environment,
-    count,
-    count_cores,
-    describe,
-    end_processes,
-    end_with_parent,
-    on_signals,
-    raise_stopped,
-    signals_deferred,
-    signals_kept,
-    summary,
-    whole,
-    write_file,
-)
+from common import SIGNALS, UserError, count, count_cores, describe, on_signals, summary, whole
 
 # torch, and the modules that need it, are imported where they are used: --help does not wait.
 
@@ -372,7 +353,7 @@ def refuse(o: argparse.Namespace, ranks: int) -> None:
         raise UserError("--local-time-max must be below --batch-size", 2)
     rollout_frames = 3 * players * (o.local_time_max + 3)
     queue_frames = 4 * (o.queue_size + 3 * o.batch_size + size)
-    need = (rollout_frames + queue_frames) * math.prod(FRAME_SHAPE)
+    need = (rollout_frames + queue_frames) * math.prod(common.FRAME_SHAPE)
     need += o.simulator_proc * SIMULATOR_BYTES + players * PLAYER_BYTES
     need *= ranks
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -740,7 +721,7 @@ def join_ranks(devices: list, same: dict, seed: int) -> Ranks:
         torch.cuda.set_device(device)
     if "BATCH_A3C_LAUNCHER" in os.environ:
         end_this = (os.kill, os.getpid(), signal.SIGTERM)
-        threading.Thread(target=end_with_parent, args=end_this, daemon=True).start()
+        threading.Thread(target=common.end_with_parent, args=end_this, daemon=True).start()
     try:
         return Ranks(device, same, seed)
     except UserError as error:
@@ -759,7 +740,7 @@ def report_end(store, rank: int, text: str, code: int = 1, weights_are_bad: bool
 def interrupt_quietly() -> None:
     """Let Ctrl-C end this rank without a word, for another one of this machine says it."""
     if in_environment("LOCAL_RANK", 0) and INTERRUPTIBLE:
-        signal.signal(signal.SIGINT, raise_stopped)
+        signal.signal(signal.SIGINT, common.raise_stopped)
 
 
 def listen_on_loopback() -> None:
@@ -784,9 +765,9 @@ def launch(ranks: int, arguments: list[str]) -> None:
     processes: list[subprocess.Popen] = []
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a rank can end in good order
     on_signals(lambda signum, frame: processes[0].send_signal(signum))
-    with contextlib.closing(PrivateDirectory()) as private:
+    with contextlib.closing(common.PrivateDirectory()) as private:
         directory = private.path
-        world = {
+        environment = common.child_environment() | {
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
             "BATCH_A3C_LAUNCHER": directory,
@@ -796,7 +777,7 @@ def launch(ranks: int, arguments: list[str]) -> None:
             for rank in range(ranks):
                 process = subprocess.Popen(
                     [sys.executable, os.path.abspath(__file__), *arguments],
-                    env=child_environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdin=subprocess.PIPE,  # it closes when this process ends
                     stdout=subprocess.DEVNULL if rank else None,
                     start_new_session=True,
@@ -814,7 +795,7 @@ def launch(ranks: int, arguments: list[str]) -> None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     processes[0].wait(REASON_SECONDS + 1)
         finally:
-            end_processes(processes, LAUNCH_END_SECONDS)
+            common.end_processes(processes, LAUNCH_END_SECONDS)
     code = processes[0].returncode
     silent = code in (128 + signal.SIGTERM, -signal.SIGKILL)  # it was ended before it could speak
     last = failed if failed and silent else 0
@@ -994,7 +975,7 @@ class RunDirectory:
             return False
         self.unwritten.pop(name, None)
         try:
-            write_file(os.path.join(self.path, name), content)
+            common.write_file(os.path.join(self.path, name), content)
         except OSError as error:
             self.unwritten[name] = error
             self.log(f"warning: {error}; training continues")
@@ -1687,7 +1668,7 @@ def watch(players, network, num_episodes: int, seed: int, each: Callable) -> Non
         try:
             for done in predictor.evaluate(players, policy, num_episodes, seed, math.inf):
                 if len(done) > len(episodes):
-                    with signals_deferred():
+                    with common.signals_deferred():
                         episodes = list(done)
                         each(episodes)
                     last = common.number(episodes[-1].score)
@@ -1705,7 +1686,7 @@ def task_play(given: dict) -> None:
     if "output" in given:
         output = os.path.abspath(given["output"])  # wherever a game goes
         with common.output_directory(output):
-            players = Recorder(
+            players = common.Recorder(
                 env_id, seed, lambda episode: os.path.join(output, f"episode{episode:06}.mp4")
             )
             return watch(players, network, num_episodes, seed, lambda episodes: None)
@@ -1746,7 +1727,7 @@ def task_gen_submit(given: dict) -> None:
         common.write_submission(output, recorder, episodes, model, config, weights)
 
     with common.output_directory(output):
-        recorder = Recorder(env_id, seed, path_of)
+        recorder = common.Recorder(env_id, seed, path_of)
         try:
             watch(recorder, network, num_episodes, seed, submit)
         finally:
@@ -1767,7 +1748,7 @@ def process_kept() -> Iterator[None]:
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     # A game may go to another directory.
-    with signals_kept(), contextlib.chdir("."), contextlib.ExitStack() as stack:
+    with common.signals_kept(), contextlib.chdir("."), contextlib.ExitStack() as stack:
         stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         stack.callback(setattr, threading, "excepthook", threading.excepthook)
         for name in ("stdout", "stderr"):
@@ -1799,7 +1780,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # What ranks have to say of each other is one sentence, not torch's warnings.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    on_signals(raise_stopped, SIGNALS[1:])
+    on_signals(common.raise_stopped, SIGNALS[1:])
     if INTERRUPTIBLE and common.in_main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

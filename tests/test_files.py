@@ -169,7 +169,7 @@ def test_the_best_score_is_that_of_a_file(training, tmp_path, monkeypatch):
     """A model that could not be written is not the one that the next must beat."""
     path = tmp_path / "run" / "model-best.npz"
     with monkeypatch.context() as full:
-        full.setattr("train_atari.write_file", lambda *_: os.open("/nowhere/x", os.O_RDONLY))
+        full.setattr("common.write_file", lambda *_: os.open("/nowhere/x", os.O_RDONLY))
         evaluated(training, monkeypatch, [9] * 4)
     assert training.at.best_score is None and "model-best.npz" in training.directory.unwritten
     _, written = evaluated(training, monkeypatch, [5] * 4)
