@@ -1792,12 +1792,11 @@ def main(arguments: list[str] | None = None) -> int:
         return error.code
     except KeyboardInterrupt:
         sentence, code = "interrupted", 130
-    except (UserError, FloatingPointError, OSError) as error:
-        sentence, code = str(error), getattr(error, "code", 1)
-    except RuntimeError as error:
-        if type(error).__name__ not in GPU_ERRORS:
+    except Exception as error:
+        if not is_sentence(error):
             raise
-        sentence, code = first_line(error), 1
+        sentence = first_line(error) if isinstance(error, RuntimeError) else str(error)  # of a GPU
+        code = getattr(error, "code", 1)
     print(f"{PROGRAM}: {sentence}", file=sys.stderr)
     return code
 
