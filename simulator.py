@@ -49,27 +49,8 @@ import msgpack
 import numpy as np
 import zmq
 
-from common import (
-    FRAME_SHAPE,
-    PERMANENT_FAILURE,
-    SIGNALS,
-    Player,
-    PrivateDirectory,
-    UserError,
-    child_environment,
-    close_env,
-    count,
-    count_cores,
-    describe,
-    end_processes,
-    end_with_parent,
-    make_env,
-    on_signals,
-    raise_stopped,
-    seed_games,
-    signals_deferred,
-    whole,
-)
+import common
+from common import FRAME_SHAPE, Player, UserError, count, end_with_parent, on_signals, whole
 
 GOES_ON, IS_OVER, LIFE_LOST = range(3)  # how a step ended for a player
 FRAME_BYTES = math.prod(FRAME_SHAPE)
@@ -145,7 +126,7 @@ def make_players(a: argparse.Namespace) -> Iterator[Player]:
     for number in range(a.players):
         set_alarm(a.start_seconds)
         try:
-            yield Player(make_env(a.env, a.window))
+            yield Player(common.make_env(a.env, a.window))
         except UserError as error:
             if number == 0:
                 raise
@@ -177,7 +158,7 @@ def simulate(a: argparse.Namespace, players: list[Player]) -> None:
     Raises UserError if the master has no place for this simulator, or is lost.
     """
     seeds = np.random.SeedSequence((a.seed, *a.identity.encode())).generate_state(a.players + 1)
-    seed_games(int(seeds[-1]))
+    common.seed_games(int(seeds[-1]))
     socket, monitor = connect(a)
     players.extend(make_players(a))
     if a.frames_fd is None:
@@ -231,7 +212,7 @@ def run_simulator(a: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     set_alarm(END_SECONDS)  # a game may hang when it is closed
     for player in players:
-        close_env(player)
+        common.close_env(player)
     if os.getpgrp() == os.getpid():  # what games have started and not ended
         os.killpg(0, signal.SIGTERM)
     sys.stdout.flush()
@@ -306,7 +287,7 @@ class SimulatorPool:
             limit = f"ulimit -Hn is {hard}"
             raise UserError(f"{simulators} simulators need {need} open files; {limit}", 2)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, need), hard))
-        self.directory = PrivateDirectory()  # nobody else connects to sockets in it
+        self.directory = common.PrivateDirectory()  # nobody else connects to sockets in it
         self.command = [
             sys.executable,
             os.path.abspath(__file__),
@@ -321,7 +302,7 @@ class SimulatorPool:
         self.starts = itertools.count()  # numbers for identities
         self.shared_fds: list[int] = []  # open files that simulators inherit
         self.looked = self.looked_at_logs = time.monotonic()
-        self.most_starting = STARTS_PER_CORE * count_cores()
+        self.most_starting = STARTS_PER_CORE * common.count_cores()
 
     def register(self, index: int) -> str:
         """The identity of the next simulator `index`, which none has had before."""
@@ -353,7 +334,7 @@ class SimulatorPool:
                     f"--index={index}",
                     *self.options(index),
                 ],
-                env=child_environment() | threads,
+                env=common.child_environment() | threads,
                 stdin=subprocess.PIPE,  # it closes when this process ends
                 stdout=log,
                 stderr=log,
@@ -421,7 +402,7 @@ class SimulatorPool:
                 raise SimulatorError(f"{sentence}; {again}: {LIKELY_CAUSE}", code)
             return
         slot.failures = slot.failures + 1 if life < FAILURE_WINDOW_SECONDS else 1
-        if code == PERMANENT_FAILURE or slot.failures >= self.max_failures:
+        if code == common.PERMANENT_FAILURE or slot.failures >= self.max_failures:
             raise SimulatorError(sentence, code)
 
     def describe_end(self, index: int, code: int) -> str:
@@ -446,9 +427,9 @@ class SimulatorPool:
 
     def close(self) -> None:
         """End all simulators, which have a moment to close their games; remove the directory."""
-        with signals_deferred():
+        with common.signals_deferred():
             slots = [slot for slot in self.slots if slot.process is not None]
-            end_processes([slot.process for slot in slots], END_SECONDS)
+            common.end_processes([slot.process for slot in slots], END_SECONDS)
             for slot in slots:
                 self.clean_up(slot)
             self.directory.close()
@@ -520,12 +501,12 @@ class RemotePool(SimulatorPool):
 
 def join_run(a: argparse.Namespace) -> None:
     """Keep `simulator_proc` simulators in a run elsewhere, and restart those that lost it."""
-    on_signals(raise_stopped, SIGNALS[1:])
+    on_signals(common.raise_stopped, common.SIGNALS[1:])
     if a.key is None:
         raise UserError("--key FILE is needed to join a run", 2)
     read_key(a.key)
     host, port = split_address(a.connect)
-    a.env = describe(a.env).env_id
+    a.env = common.describe(a.env).env_id
     said: set[str] = set()
 
     def say(sentence: str) -> None:
