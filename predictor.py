@@ -30,15 +30,7 @@ import zmq
 from tqdm import tqdm
 
 import simulator
-from common import (
-    PREFIX,
-    RANDOM_ACTIONS,
-    Episode,
-    UserError,
-    count_cores,
-    describe,
-    signals_deferred,
-)
+from common import RANDOM_ACTIONS, Episode, UserError, count_cores, describe, signals_deferred
 from model import (
     FRAME_HISTORY,
     FRAME_SHAPE,
@@ -250,7 +242,7 @@ class LocalPool(SimulatorPool):
         self.frames_fd, frames = None, None
         try:
             if hasattr(os, "memfd_create"):  # on Linux; it has no name that could be left behind
-                self.frames_fd = os.memfd_create(PREFIX + "frames")
+                self.frames_fd = os.memfd_create("batch-a3c-frames")
                 self.shared_fds = [self.frames_fd]
                 os.ftruncate(self.frames_fd, simulators * players * FRAME_BYTES)
                 frames = simulator.share_frames(self.frames_fd, players)

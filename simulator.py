@@ -198,14 +198,13 @@ def run_simulator(a: argparse.Namespace) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the pool
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     players: list[Player] = []
-    was_told = False
     try:
         signal.signal(signal.SIGTERM, end_when_told)
         threading.Thread(target=end_with_parent, args=(end_this_simulator,), daemon=True).start()
         sys.stdout.reconfigure(line_buffering=True)
         code = exit_code_of(a, lambda: simulate(a, players))
     except Ended:
-        was_told = True
+        code = None  # it ends by the signal that it was sent
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -217,7 +216,7 @@ def run_simulator(a: argparse.Namespace) -> None:
         os.killpg(0, signal.SIGTERM)
     sys.stdout.flush()
     sys.stderr.flush()
-    if was_told:
+    if code is None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)
     os._exit(code)  # without waiting for threads that a game has started

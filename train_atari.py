@@ -1063,8 +1063,7 @@ class Run:
         # By this name files know that they are of the same run.
         is_resumed = directory.place.is_resumed
         self.run_id = (saved.get("run_id") if is_resumed else None) or secrets.token_hex(8)
-        columns = (*model.METRICS, "policy_lag", "policy_lag_max", "queue_size")
-        self.metrics = Metrics(columns)
+        self.metrics = Metrics((*model.METRICS, "policy_lag", "policy_lag_max", "queue_size"))
         self.at, self.stats = Progress(), []  # stats: an object for each epoch done
         self.rates: dict[str, float] = {}  # learning_rate and entropy_beta of the last iteration
         self.started_at = self.saved_at = time.monotonic()
