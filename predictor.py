@@ -282,18 +282,18 @@ class LocalPool(SimulatorPool):
         self.start_missing()
         return events
 
+    @signals_deferred()
     def close(self, in_use: bool = False) -> None:
         """End all simulators and remove the sockets.
 
         in_use: a thread may still use a master, so that the sockets cannot be closed.
         """
-        with signals_deferred():
-            super().close()
-            if not in_use:
-                self.context.destroy(linger=0)
-            if self.frames_fd is not None:
-                os.close(self.frames_fd)
-                self.frames_fd = None
+        super().close()
+        if not in_use:
+            self.context.destroy(linger=0)
+        if self.frames_fd is not None:
+            os.close(self.frames_fd)
+            self.frames_fd = None
 
 
 # n-step returns
@@ -668,15 +668,15 @@ class Feed:
         self.dropped, self.joined = dropped, joined
         return events
 
+    @signals_deferred()
     def close(self) -> None:
         """End threads and processes."""
-        with signals_deferred():
-            self.queue.close()
-            deadline = time.monotonic() + END_SECONDS
-            for predictor in self.predictors:
-                predictor.join(max(0.0, deadline - time.monotonic()))
-            hangs = any(predictor.is_alive() for predictor in self.predictors)
-            self.pool.close(in_use=hangs)  # one that hangs in native code may still use its socket
+        self.queue.close()
+        deadline = time.monotonic() + END_SECONDS
+        for predictor in self.predictors:
+            predictor.join(max(0.0, deadline - time.monotonic()))
+        hangs = any(predictor.is_alive() for predictor in self.predictors)
+        self.pool.close(in_use=hangs)  # one that hangs in native code may still use its socket
 
 
 # Evaluation
@@ -769,17 +769,6 @@ def evaluate(players, policy_of: Callable, episodes: int, seed: int, seconds: fl
         yield done
 
 
-@contextlib.contextmanager
-def threads_of_torch(threads: int) -> Iterator[None]:
-    """Let this thread compute with so many; what it had before it has again at the end."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def score(
     env_id: str,
     network: Network,
@@ -801,7 +790,9 @@ def score(
 
     players = VectorPlayers(env_id, side_by_side, seed, check)
     bar = tqdm(total=episodes, desc="evaluation", disable=None)
-    with contextlib.closing(players), bar, threads_of_torch(cores):
+    with contextlib.closing(players), bar, contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(cores)
         seconds -= time.monotonic() - start
         for done in evaluate(players, policy_of(network), episodes, seed, seconds):
             bar.update(len(done) - bar.n)

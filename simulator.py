@@ -424,14 +424,14 @@ class SimulatorPool:
             slot.process.stdin.close()
         slot.process = None
 
+    @common.signals_deferred()
     def close(self) -> None:
         """End all simulators, which have a moment to close their games; remove the directory."""
-        with common.signals_deferred():
-            slots = [slot for slot in self.slots if slot.process is not None]
-            common.end_processes([slot.process for slot in slots], END_SECONDS)
-            for slot in slots:
-                self.clean_up(slot)
-            self.directory.close()
+        slots = [slot for slot in self.slots if slot.process is not None]
+        common.end_processes([slot.process for slot in slots], END_SECONDS)
+        for slot in slots:
+            self.clean_up(slot)
+        self.directory.close()
 
 
 # Simulators for a run on another machine

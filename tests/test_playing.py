@@ -13,7 +13,7 @@ import torch
 
 from common import Episode, Recorder, model_card, write_submission
 from model import Network, load, weights_file
-from predictor import VectorPlayers, evaluate, policy_of, threads_of_torch
+from predictor import VectorPlayers, evaluate, policy_of
 from tests.helpers import ROOT, command, run
 from train_atari import game_of_file
 
@@ -211,7 +211,9 @@ def test_a_shipped_agent_plays_well(agent):
     network, _ = load(str(ROOT / "models" / f"{agent}.npz"))
     env_id, earned = game_of_file(f"{agent}.npz"), []
     players = VectorPlayers(env_id, 4, seed=1, check=lambda: None)
-    with contextlib.closing(players), threads_of_torch(1):
+    with contextlib.closing(players), contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         step = players.step
         players.step = lambda actions: earned.append(step(actions)) or earned[-1]
         evaluation = evaluate(players, policy_of(network), 1000, seed=1, seconds=1000)
