@@ -162,6 +162,19 @@ def child_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(own)}
 
 
+@contextlib.contextmanager
+def directory_kept() -> Iterator[None]:
+    """Be in the same directory at the end of this block: a game may go to another one."""
+    try:
+        directory = os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current directory is gone: go to another one", 2) from error
+    try:
+        yield
+    finally:
+        os.chdir(directory)
+
+
 class PrivateDirectory:
     """A directory for sockets and logs that only its owner can enter.
 
@@ -343,7 +356,7 @@ class Game(NamedTuple):
 def describe(env_id: str) -> Game:
     """Make an environment and ask it; UserError as of make_env."""
     one_per_process = True
-    with contextlib.chdir("."):  # a game may go to another directory
+    with directory_kept():
         env = make_env(env_id)
         with contextlib.suppress(UserError):
             close_env(make_env(env_id))

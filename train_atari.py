@@ -1746,8 +1746,7 @@ def process_kept() -> Iterator[None]:
     terminal cannot show are printed as numbers.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    # A game may go to another directory.
-    with common.signals_kept(), contextlib.chdir("."), contextlib.ExitStack() as stack:
+    with common.signals_kept(), contextlib.ExitStack() as stack:
         stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         stack.callback(setattr, threading, "excepthook", threading.excepthook)
         for name in ("stdout", "stderr"):
@@ -1785,7 +1784,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of a rank: its launcher blocked them
         given = read_options(arguments)
-        TASKS[given.pop("task")](given | {"arguments": arguments})
+        with common.directory_kept():
+            TASKS[given.pop("task")](given | {"arguments": arguments})
         return 0
     except SystemExit as error:  # of a signal, of the ranks, or of the parser, which has said why
         return error.code

@@ -906,6 +906,15 @@ def test_main_leaves_a_caller_as_it_was(where, weights, monkeypatch):
             signal.signal(signum, handler)
 
 
+def test_main_where_the_directory_is_gone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    os.rmdir(tmp_path / "gone")
+    for task in ((*CATCH, *TINY), ("--task", "eval", "--env", "Pong-v0")):
+        assert main([*task]) == 2
+        assert "the current directory is gone" in sentence_of(capsys)
+
+
 def test_main_without_any_output(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)

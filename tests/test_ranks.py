@@ -114,7 +114,8 @@ def test_ranks_train_resume_and_change_their_number(tmp_path):
     assert load(str(path / "checkpoint.pt"))[1]["learner"]["updates"] == 40
 
 
-def test_bad_input_gets_one_sentence_of_all_ranks(tmp_path):
+def test_bad_input_gets_one_sentence_before_ranks_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("train_atari.launch", lambda *_: 1 / 0)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stats.json").write_text("[]")
     for args, text in (
@@ -122,7 +123,7 @@ def test_bad_input_gets_one_sentence_of_all_ranks(tmp_path):
         (("--output", tmp_path / "new", "--queue-size", 10), "can never fill a batch"),
         (("--output", tmp_path / "new", "--simulator-proc", 5), "take 4 or 6"),
     ):
-        done = run_apart(*CATCH, "--ranks", 2, *args)
+        done = run(*CATCH, "--ranks", 2, *args)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert text in line

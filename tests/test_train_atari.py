@@ -40,8 +40,8 @@ def trained(tmp_path_factory):
     # Balls have nothing to do with each other: with 0.99 the returns are mostly noise.
     learning = ("--adam-epsilon", "1e-5", "--entropy-beta", "0.01,2:0.005", "--gamma", "0.9")
     learning += ("--learning-rate", "1e-3", "--warm-up", "50", "--anneal", "0", "--seed", "1")
-    size = ("--batch-size", "64", "--steps-per-epoch", "200", "--max-epoch", "2")
-    size += ("--simulator-proc", "2", "--players-per-simulator", "8", "--eval-episode", "8")
+    size = ("--batch-size", "64", "--steps-per-epoch", "150", "--max-epoch", "2")
+    size += ("--simulator-proc", "2", "--players-per-simulator", "5", "--eval-episode", "8")
     done = run(*CATCH, *learning, *size, "--output", path)
     assert done.returncode == 0, done.stderr
     return path, done.stdout
@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
 def test_it_learns(trained):
     """A wrong sign, a lost reward or a mixed-up state would show here. Best is 5, random -3."""
     stats = json.loads((trained[0] / "stats.json").read_text())
-    assert stats[-1]["train_score"] >= 3.5  # the mean of 100 episodes; six runs had 4.6 to 5
+    assert stats[-1]["train_score"] >= 3.5  # the mean of 100 episodes; five seeds had 4.3 to 4.9
     assert stats[-1]["mean_score"] >= 3  # of 8 episodes
 
 
@@ -62,7 +62,7 @@ def test_what_a_run_leaves(trained):
     assert not [name for name in names if name.endswith(".tmp")]
     stats = json.loads((path / "stats.json").read_text())
     assert [epoch["epoch_num"] for epoch in stats] == [1, 2]
-    assert [epoch["global_step"] for epoch in stats] == [200, 400]
+    assert [epoch["global_step"] for epoch in stats] == [150, 300]
     for epoch in stats:
         assert set(epoch) == METRICS | {"epoch_num", "global_step"}
         assert 0 < epoch["policy_lag"] <= 3 and epoch["policy_lag_max"] >= epoch["policy_lag"]
@@ -77,9 +77,9 @@ def test_what_a_run_leaves(trained):
     events = EventAccumulator(str(path)).Reload()
     tags = set(events.Tags()["scalars"])
     assert tags | {"mean_model_score"} == METRICS  # that evaluation may have been cut short
-    assert events.Scalars("mean_score")[-1].step == 400
+    assert events.Scalars("mean_score")[-1].step == 300
     log = (path / "log.log").read_text()
-    for text in ("3 actions", "685,364 parameters", "2 processes x 8 = 16", "12,800 states"):
+    for text in ("3 actions", "685,364 parameters", "2 processes x 5 = 10", "9,600 states"):
         assert text in output and text in log
     assert load(str(path / "model-best.npz"))[0].num_actions == 3
 
