@@ -531,13 +531,16 @@ def references_table(models: Path) -> str:
     for game, other in read_others(models).items():
         others = other.get("others", {})
         ours = {}
-        for agent in (name for name in (game, f"{game}-ba3c") if name in curves):
-            points = [[row for row in curves[agent] if row[0] <= 1e6 * m] for m in MILLIONS]
-            ours[f"ours, `{'ba3c' if agent.endswith('-ba3c') else 'a3c'}`"] = {
+        for curve in (game, f"{game} recipe", f"{game}-ba3c"):
+            points = [[row for row in curves.get(curve, ()) if row[0] <= 1e6 * m] for m in MILLIONS]
+            by = f"ours, `{'ba3c' if curve.endswith('-ba3c') else 'a3c'}`"
+            by += ", the recipe" if curve.endswith("recipe") else ""
+            ours[by] = {
                 str(millions): point[-1][1]
                 for millions, point in zip(MILLIONS, points, strict=True)
                 if point and point[-1][0] > 0.85e6 * millions
             }
+        ours = {by: scores for by, scores in ours.items() if scores}
         for name, scores in (ours | others).items() if ours else ():
             values = [number(scores.get(str(millions))) for millions in MILLIONS]
             rows.append([game.removesuffix("-v0"), name, *values])
