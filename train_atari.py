@@ -1129,10 +1129,10 @@ class Run:
         # A state waits until its segment is done, then in the queue, while others are trained on.
         lag = (players * (o.local_time_max + 3) / 2 + o.queue_size) / o.batch_size
         parameters = sum(p.numel() for p in network.parameters())
-        device, num_actions = self.ranks.device, network.num_actions
-        place = f"{self.directory.path}, seed {o.seed}"
+        device = self.ranks.device
         facts = {
-            "run": f"{o.env} ({num_actions} actions) in {place}",
+            "game": f"{o.env}, {network.num_actions} actions",
+            "run": f"{self.directory.path}, seed {o.seed}, {o.max_epoch:,} epochs",
             "network": f"{network.kind}, {parameters:,} parameters",
             "device": f"{device}, {count_cores()} cores, predictors: {o.predictor_thread_per_gpu}",
             "players": f"{o.simulator_proc} processes x {o.players_per_simulator} = {players}",
