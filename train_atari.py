@@ -215,6 +215,8 @@ LEARNING_OF_A3C = {
     "adam_epsilon": 1e-5,
     "center_filters": 1,
 }
+# Options whose default for a3c was that of ba3c when checkpoints did not hold all of learning.
+NEW_IN_RECIPE = ("local_time_max", "lambda", "life_loss", "entropy_beta", "anneal")
 NOT_IN_CHECKPOINT = ("task", "env", "load", "output", "config", "track")
 
 
@@ -1048,7 +1050,8 @@ class Progress:
 class Run:
     """A training run, restored from a checkpoint or new: the state that `train` works on.
 
-    chosen: the options that the user gave, now or before; options: all of them, and the game;
+    chosen: the options that the user gave, now or before, and all that change learning; options:
+    all of them, and the game;
     saved: the checkpoint ({} for a new run).
     """
 
@@ -1591,12 +1594,17 @@ def plan_run(game: common.Game, given: dict, saved: dict) -> tuple:
     if "key" in given:
         given["key"] = os.path.abspath(given["key"])
     before = saved.get("options", {})
+    if before and "lambda" not in before:  # of a version whose a3c had the original's defaults
+        of_before = (option for option in LEARNING if option.name in NEW_IN_RECIPE)
+        before = {option.name: option.default for option in of_before} | before
     chosen = {"seed": secrets.randbits(32), "network": "ba3c"} | before | given
     devices, changes = choose_devices(gpus, ranks, before)
     local_ranks = in_environment("LOCAL_WORLD_SIZE", len(devices))
     changes += share_simulators(chosen, given, local_ranks) + check_listening(before, given)
     now = {name: chosen[name] for name in chosen if name in given or name not in ("listen", "key")}
     options = complete(now, devices[0].type == "cpu", local_ranks, game.one_per_process)
+    # What changes learning is saved as it is: another version may have other defaults.
+    chosen |= {option.name: vars(options)[option.name] for option in LEARNING}
     return devices, chosen, options, changes
 
 

@@ -790,6 +790,28 @@ def test_without_a_file_the_agent_of_the_game_plays(weights, tmp_path, monkeypat
     assert "there is no agent for Pong-v0 in" in sentence_of(capsys)
 
 
+def test_a_resumed_run_learns_as_before_whatever_the_defaults_are(run, monkeypatch):
+    """Checkpoints hold all that changes learning; earlier ones only what was chosen."""
+
+    def resumed(epochs):
+        assert main(["--load", run / "checkpoint.pt", *CATCH, "--max-epoch", epochs]) == 0
+        config = json.loads((run / "config.json").read_text())
+        return [config[name] for name in ("lambda", "local_time_max", "life_loss", "anneal")]
+
+    other = {"lambda": 0.5, "local_time_max": 3, "life_loss": 0, "anneal": 0}
+    with monkeypatch.context() as later:
+        later.setattr("train_atari.LEARNING_OF_A3C", train_atari.LEARNING_OF_A3C | other)
+        assert resumed(3) == [0.9, 15, 1, 1]  # batches of 16 have no place for 20 steps
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    learning = {option.name for option in train_atari.LEARNING}
+    assert learning <= state["options"].keys()
+    for name in learning - {"batch_size", "steps_per_epoch", "max_epoch", "eval_episode"}:
+        del state["options"][name]
+    torch.save(state, run / "checkpoint.pt")
+    assert resumed(4) == [1.0, 5, 0, 0]
+    assert resumed(5) == [1.0, 5, 0, 0]
+
+
 def test_a_run_takes_the_options_of_another_one(run, tmp_path, capsys):
     """All of learning, those of speed that were chosen there, and what is given beside it."""
     config = json.loads((run / "config.json").read_text())
