@@ -1051,8 +1051,7 @@ class Run:
     """A training run, restored from a checkpoint or new: the state that `train` works on.
 
     chosen: the options that the user gave, now or before, and all that change learning; options:
-    all of them, and the game;
-    saved: the checkpoint ({} for a new run).
+    all of them, and the game; saved: the checkpoint ({} for a new run).
     """
 
     def __init__(

@@ -70,6 +70,7 @@ def run(*args, cwd=ROOT, **environment):
         if "TMPDIR" in environment:
             patch.setattr(tempfile, "tempdir", str(environment["TMPDIR"]))
         code = main(args)
+        assert os.path.samefile(".", cwd)  # whatever a game has done
     return subprocess.CompletedProcess(args, code, output.getvalue(), errors.getvalue())
 
 

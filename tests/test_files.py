@@ -932,7 +932,7 @@ def test_main_where_the_directory_is_gone(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     os.rmdir(tmp_path / "gone")
-    for task in ((*CATCH, *TINY), ("--task", "eval", "--env", "Pong-v0")):
+    for task in ((*CATCH, *TINY), ("--task", "eval", "--load", "agent.npz")):
         assert main([*task]) == 2
         assert "the current directory is gone" in sentence_of(capsys)
 
