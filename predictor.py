@@ -738,8 +738,8 @@ def evaluate(players, policy_of: Callable, episodes: int, seed: int, seconds: fl
     """Play exactly `episodes` episodes side by side; every one that starts counts.
 
     Yields the list of those that are done, after every step. All players step together, so that the
-    network sees the same batches again and one seed gives the same scores. After half of `seconds`
-    no more episodes start; after all of them those under way are cut short and count as they are.
+    network sees the same batches again and one seed gives the same scores. After so many seconds no
+    more episodes start, and those under way are cut short and count as they are.
 
     players: VectorPlayers, or common.Recorder.
     policy_of: states (n, 4, 84, 84, 3) uint8 -> policies (n, A).
@@ -762,7 +762,7 @@ def evaluate(players, policy_of: Callable, episodes: int, seed: int, seconds: fl
         elapsed = time.monotonic() - start
         for i in np.flatnonzero(playing & (is_over | (elapsed > seconds))):
             done.append(Episode(float(score[i]), int(length[i]), bool(is_over[i])))
-            playing[i] = started < episodes and elapsed < seconds / 2
+            playing[i] = started < episodes and elapsed <= seconds
             started += playing[i]
         score[is_over], length[is_over] = 0, 0
         fresh = is_over
@@ -785,10 +785,7 @@ def score(
     """
     start = logged = time.monotonic()
     cores = count_cores()
-    # With little time, few players: so that at least their episodes come to an end.
-    side_by_side = int(min(episodes, EVAL_PLAYERS, max(cores, seconds / 10)))
-
-    players = VectorPlayers(env_id, side_by_side, seed, check)
+    players = VectorPlayers(env_id, min(episodes, EVAL_PLAYERS), seed, check)
     bar = tqdm(total=episodes, desc="evaluation", disable=None)
     with contextlib.closing(players), bar, contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())

@@ -815,8 +815,8 @@ def check_run(saved: dict) -> None:
     from model import check_form
 
     check_form(saved, {"env": str, "options": dict, "at": dict, "stats": list})
-    # Earlier versions had neither `due` nor `run_id`.
-    at, stats = {"due": False, **saved["at"]}, saved["stats"]
+    # Earlier versions did not have all of this.
+    at, stats = {"due": False, "needed_s": 0.0, **saved["at"]}, saved["stats"]
     fields = {field.name: field.type for field in dataclasses.fields(Progress)}
     check_form({"run_id": "", **saved, "at": at}, {"run_id": str, "at": fields})
     if not saved["env"].isprintable():
@@ -1044,6 +1044,7 @@ class Progress:
     best_score: float | None = None  # that of model-best.npz
     elapsed_s: float = 0.0
     evaluated_s: float = 0.0  # of these, in evaluations
+    needed_s: float = 0.0  # by the next evaluation, as far as is known
     due: bool = False  # the iterations of an epoch are done, its evaluation is not
 
 
@@ -1415,20 +1416,27 @@ NOT_EVALUATED = dict.fromkeys(("mean_score", "max_score", "eval_episodes", "mean
 def evaluate(run: Run) -> dict[str, float | None]:
     """Score the network, in the last epoch the mean of the weights too, and keep the best.
 
-    All evaluations together have EVAL_SHARE of the time of the run.
+    All evaluations together have EVAL_SHARE of the time of the run. After one that was cut short,
+    which is worth nothing, the next is put off until it has twice the time.
     """
-    start = time.monotonic()
-    seconds = EVAL_SHARE * (start - run.started_at) - run.at.evaluated_s
+    start, at = time.monotonic(), run.at
+    seconds = EVAL_SHARE * (start - run.started_at) - at.evaluated_s
     seconds = max(0.0, seconds / (1 - EVAL_SHARE))  # this one is part of the time of the run
+    is_last = at.epoch >= run.options.max_epoch
+    if seconds < at.needed_s and not is_last:
+        run.log(f"evaluation: put off, it may need {at.needed_s:.0f} s, and has {seconds:.0f} s")
+        return dict(NOT_EVALUATED)
     try:
         result = evaluate_network(run, run.learner.network, "evaluation", seconds)
-        if run.at.epoch >= run.options.max_epoch:
-            left = max(0.0, seconds - (time.monotonic() - start))
+        taken = time.monotonic() - start
+        at.needed_s = taken if result["mean_score"] is not None else 2 * taken
+        if is_last:
+            left = max(0.0, seconds - taken)
             of_mean = evaluate_network(run, run.learner.mean_network, "mean of the weights", left)
             result["mean_model_score"] = of_mean["mean_score"]
         return result
     finally:
-        run.at.evaluated_s += time.monotonic() - start
+        at.evaluated_s += time.monotonic() - start
 
 
 def evaluate_network(run: Run, network, title: str, seconds: float) -> dict[str, float | None]:
@@ -1452,11 +1460,13 @@ def evaluate_network(run: Run, network, title: str, seconds: float) -> dict[str,
         run.check()  # raises once more what ends the run, not only this evaluation
         log(f"given up: {error}{without_best(run)}")
         return dict(NOT_EVALUATED)
-    result, finished = summary(episodes), sum(episode.finished for episode in episodes)
-    log(f"mean {result['mean']:.2f}, {finished} of {num_episodes} episodes played to their end")
+    finished = sum(episode.finished for episode in episodes)
     if finished < num_episodes:
-        log("incomplete, so it does not choose the best model" + without_best(run))
+        what = f"cut short, {finished} of {num_episodes} episodes played to their end"
+        log(f"{what}, so it does not choose the best model{without_best(run)}")
         return NOT_EVALUATED | {"eval_episodes": finished}
+    result = summary(episodes)
+    log(f"mean {result['mean']:.2f} of {num_episodes} episodes")
     is_best = at.best_score is None or result["mean"] > at.best_score
     if is_best and run.directory.write("model-best.npz", weights_file(network)):
         at.best_score = result["mean"]

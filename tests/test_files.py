@@ -125,6 +125,7 @@ def resumed(training, tmp_path):
 def evaluated(training, monkeypatch, scores, finished=True):
     """Let a network of its own be evaluated with these scores; what stats say, and the network."""
     training.learner.network.load_state_dict(model.Network("a3c", 3).state_dict())
+    training.started_at -= 1000.0  # there is time for it
     episodes = [Episode(float(score), 30, finished) for score in scores]
     monkeypatch.setattr("predictor.score", lambda *_, **__: episodes)
     return train_atari.evaluate(training), model.weights_file(training.learner.network)
@@ -194,8 +195,33 @@ def test_evaluations_have_a_fifth_of_the_time_of_a_run(training, monkeypatch):
     train_atari.evaluate(training)
     assert seconds[1] == pytest.approx((0.2 * 110 - 10) / 0.8, abs=0.5)
     training.at.evaluated_s = 1000.0  # more than that, by the start of its players
-    train_atari.evaluate(training)
-    assert seconds[2] == 0.0
+    assert train_atari.evaluate(training) == NOTHING and len(seconds) == 2
+
+
+def test_after_one_that_was_cut_short_an_evaluation_waits_for_twice_the_time(
+    training, tmp_path, monkeypatch
+):
+    """So a run whose evaluations do not fit into their time has a best model in the end."""
+    now, limits = [training.started_at], []
+
+    def score(env_id, network, episodes, seed, log, limit, check):
+        limits.append(round(limit))
+        now[0] += min(limit, 60.0)  # which is what it needs
+        return [Episode(1.0, 30, limit >= 60.0)] * 4
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime)
+    monkeypatch.setattr("train_atari.time", clock)
+    monkeypatch.setattr("predictor.score", score)
+    results = []
+    for _ in range(7):
+        now[0] += 80.0  # of training
+        training.at.epoch += 3
+        results.append(train_atari.evaluate(training))
+    # A fifth of the time in all. It is put off until there are 40 seconds, then until there are 80.
+    assert limits == [20, 40, 80]
+    assert [result["eval_episodes"] for result in results] == [0, None, 0, None, None, None, 4]
+    assert "evaluation: put off, it may need 80 s" in (tmp_path / "run" / "log.log").read_text()
+    assert training.at.best_score == 1.0
 
 
 def test_a_score_is_limited_in_time(monkeypatch):
