@@ -1,7 +1,7 @@
 """Players, episodes, videos and submissions, and small helpers for processes and files.
 
 A player is a gymnasium environment as an agent sees it. Nothing here imports torch, because
-simulator processes must start fast and stay small, and nothing here knows of a network.
+simulator processes must start fast and stay small, and nothing here works with a network.
 """
 
 import contextlib
@@ -12,14 +12,17 @@ import fcntl
 import functools
 import glob
 import json
+import logging
 import math
 import os
 import random
 import re
 import shutil
 import signal
+import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -158,7 +161,9 @@ def end_processes(processes: list[subprocess.Popen], seconds: float) -> None:
 def child_environment() -> dict[str, str]:
     """The environment of a Python program that finds the same modules as this process."""
     paths = [path or os.getcwd() for path in sys.path]
-    own = [path for path in paths if not path.startswith((sys.prefix, sys.base_prefix))]
+    library = sysconfig.get_path("stdlib")
+    of_python = {library, os.path.join(library, "lib-dynload"), *site.getsitepackages()}
+    own = [path for path in paths if path not in of_python]
     return os.environ | {"PYTHONPATH": os.pathsep.join(own)}
 
 
@@ -362,7 +367,7 @@ def describe(env_id: str) -> Game:
             close_env(make_env(env_id))
             one_per_process = False
         close_env(env)
-    module, colon, _ = env_id.rpartition(":")
+    module, colon, _ = env_id.removeprefix("ale_py:").rpartition(":")  # ale_py's are there
     name = module + colon + env.unwrapped.spec.id
     return Game(name, int(env.action_space.n), one_per_process)
 
@@ -381,13 +386,22 @@ def is_originals(env: gymnasium.Env) -> bool:
 
 def frame_rate(env: gymnasium.Env) -> float:
     """Agent steps per second when a game is played at its own speed."""
-    fps = (env.metadata or {}).get("render_fps") or DEFAULT_FPS
+    try:
+        fps = float((env.metadata or {})["render_fps"])
+    except (LookupError, TypeError, ValueError):
+        fps = 0.0
     atari = env.unwrapped
-    if isinstance(atari, ale_py.AtariEnv) and fps == atari.metadata.get("render_fps"):
+    if isinstance(atari, ale_py.AtariEnv) and fps in (0, atari.metadata["render_fps"]):
         # It says the same whatever a step is: the console has 60 frames per second.
-        skip = atari.spec.kwargs.get("frameskip", 1)
-        return 60 / (skip if isinstance(skip, int) else np.mean(range(*skip)))
-    return float(fps)
+        skip = atari._frameskip
+        fps = 60 / (skip if isinstance(skip, int) else np.mean(range(*skip)))
+        while isinstance(env, gymnasium.Wrapper):
+            if isinstance(env, gymnasium.wrappers.MaxAndSkipObservation):
+                fps /= env._skip
+            elif isinstance(env, gymnasium.wrappers.AtariPreprocessing):
+                fps /= env.frame_skip
+            env = env.env
+    return fps if 0 < fps < math.inf else DEFAULT_FPS
 
 
 def action_meanings(env: gymnasium.Env) -> list[str]:
@@ -486,7 +500,11 @@ class Player(gymnasium.Wrapper):
 def lives_in(info) -> int | None:
     """The number of lives that a game says are left, or None if it says nothing of them."""
     lives = info.get("lives") if isinstance(info, dict) else None
-    return int(lives) if isinstance(lives, (int, np.integer)) else None
+    if lives is None or isinstance(lives, int):
+        return lives
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return int(np.asarray(lives).item())
+    return None
 
 
 # Episodes, videos and submissions
@@ -522,6 +540,7 @@ class Video:
     def __init__(self, path: str, screen: np.ndarray, fps: float):
         import imageio_ffmpeg  # simulators do not need it
 
+        logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it may resize by a pixel
         self.path, self.partial = path, hidden(path, "partial.mp4")
         self.num_frames = 0
         height, width = screen.shape[:2]

@@ -24,6 +24,7 @@ from torch import distributed, nn
 MAX_ARRAY_BYTES = 2**26  # of a variable in a file; the largest one here has 13 MB
 MAX_ACTIONS = 1000  # games and files have fewer
 MAX_UPDATES = 2**53
+BA3C_ONLY = {"conv2/W", "conv2/b", "conv3/W", "conv3/b", "prelu/alpha"}
 NETWORKS = ("ba3c", "a3c")
 ZERO = torch.zeros(())
 CHECKPOINT_FORMAT = "batch-a3c 1"
@@ -484,14 +485,17 @@ def read_weights(archive) -> Network:
         if archive.zip.getinfo(keys[name] + ".npy").file_size > MAX_ARRAY_BYTES:
             raise ValueError(f"{name} is too large")
         array = archive[keys[name]]
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
+        is_float = array.dtype.kind == "f"
+        with np.errstate(over="ignore"):  # what is too large for float32 is infinite there
+            array = array.astype(np.float32) if is_float else array
+        if not is_float or not np.isfinite(array).all():
             raise ValueError(f"{name} does not hold finite floating-point numbers")
         return array
 
     num_actions = read("fc-pi/b").size
     if not 0 < num_actions < MAX_ACTIONS:
         raise ValueError(f"fc-pi/b has {num_actions} elements")
-    network = Network("ba3c" if "conv2/W" in keys else "a3c", num_actions)
+    network = Network("ba3c" if keys.keys() & BA3C_ONLY else "a3c", num_actions)
     with torch.no_grad():
         for torch_name, parameter in network.named_parameters():
             name = tensorpack_name(torch_name)
@@ -499,7 +503,7 @@ def read_weights(archive) -> Network:
             if array.shape != view.shape:
                 kind, shape = network.kind, tuple(view.shape)
                 raise ValueError(f"{name} is {array.shape}, but {shape} in the {kind} network")
-            view.copy_(torch.from_numpy(np.asarray(array, np.float32)))
+            view.copy_(torch.from_numpy(array))
     return network
 
 
@@ -560,17 +564,18 @@ def read_checkpoint(checkpoint: dict) -> Network:
 
 
 def load(path: str) -> tuple[Network, dict]:
-    """The network in an .npz or a checkpoint (.pt), and the checkpoint ({} for an .npz).
+    """The network in an .npz or a checkpoint, and the checkpoint ({} for an .npz).
 
-    An .npz may be of this program or of tensorpack: names may end in `:0`, other arrays are
-    ignored, kind and number of actions are read off it. WeightFileError for whatever is unusable;
-    what a checkpoint says of the run beside learner and random state is the caller's to check.
-    Nothing is ever unpickled.
+    A file of another name than .pt is what its content says. An .npz may be of this program or of
+    tensorpack: names may end in `:0`, other arrays are ignored, kind and number of actions are read
+    off it. WeightFileError for whatever is unusable; what a checkpoint says of the run beside
+    learner and random state is the caller's to check. Nothing is ever unpickled.
     """
     try:
         if not path.endswith(".pt"):
             with np.load(path, allow_pickle=False) as archive:
-                return read_weights(archive), {}
+                if not any(name.endswith("/data.pkl") for name in archive.files):
+                    return read_weights(archive), {}
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return read_checkpoint(checkpoint), checkpoint
     except FileNotFoundError as error:

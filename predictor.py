@@ -119,7 +119,7 @@ class Master:
             self.socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         try:
             self.socket.bind(address)
-        except zmq.ZMQError as error:  # of a long TMPDIR, for example
+        except (zmq.ZMQError, UnicodeError) as error:  # of a long TMPDIR, for example
             raise UserError(f"cannot listen on {address}: {error}") from error
 
     def assign(self, identity: bytes, place: int) -> Peer:
@@ -144,7 +144,10 @@ class Master:
         return next(itertools.chain(vacant, silent), None)
 
     def receive(self, most: int, timeout_ms: int) -> list[Message]:
-        """What has arrived, up to `most` players (one message at least); waits for the first."""
+        """The messages that have arrived, for up to `most` players, or one for more.
+
+        It waits for the first for `timeout_ms`; [] if none comes.
+        """
         if not self.arrived:
             self.socket.poll(timeout_ms)
         for _ in range(MOST_MESSAGES):
@@ -650,8 +653,11 @@ class Feed:
         ready = torch.cuda.current_stream().record_event() if self.pinned else None
         self.published = weights, version, ready  # one assignment: nobody sees half of it
 
-    def check(self) -> list[str]:
-        """What happened to simulators since the last time; raises what has to end the run."""
+    def replace_ended(self) -> list[str]:
+        """Replace simulators that have ended; returns what happened since the last time.
+
+        Raises what has to end the run.
+        """
         if self.error is not None:
             raise self.error
         try:

@@ -7,9 +7,9 @@ step it sends one message with the new frames of all its players, and waits for 
     simulator -> master: [rewards, ends, finished] in msgpack | frames (players, 84, 84, 3) uint8
     master -> simulator: [action, ...] in msgpack; nil: there is no place for this simulator
 
-The master is a socket of a predictor thread, see predictor.py. Where both are on one machine the
-frames do not travel in the message: they lie in memory that the two share, and the simulator leaves
-them alone until it is answered.
+The master is a socket of a predictor thread, see predictor.py. On Linux the frames of a simulator
+that the run has started itself do not travel in the message: they lie in memory that the two share,
+and the simulator leaves them alone until it is answered.
 
 The rewards belong to the actions of the message before. `ends` says of each player whether its
 episode goes on (0), is over (1), or goes on after a lost life (2). Where it is over, the frame is
@@ -406,14 +406,13 @@ class SimulatorPool:
 
     def describe_end(self, index: int, code: int) -> str:
         """How a simulator ended, and the last line that it printed."""
-        if code == -signal.SIGALRM:
-            seconds = START_SECONDS if self.first_message_at(index) is None else HANG_SECONDS
-            return f"was silent for {seconds:.0f} seconds"
         lines = tail(self.log_path(index)).decode(errors="replace").splitlines()
         printed = [line.strip() for line in lines if line.strip()] or ["it printed nothing"]
-        if code < 0:
-            return f"was killed by signal {-code}: {printed[-1]}"
-        return f"ended with code {code}: {printed[-1]}"
+        end = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code}"
+        if code == -signal.SIGALRM:
+            seconds = START_SECONDS if self.first_message_at(index) is None else HANG_SECONDS
+            end = f"was silent for {seconds:.0f} seconds, or its game did not close"
+        return f"{end}: {printed[-1]}"
 
     def clean_up(self, slot: Slot) -> None:
         """Free the slot of a simulator, and kill what its games have started and not ended."""

@@ -60,6 +60,7 @@ from tqdm import tqdm
 
 import common
 from common import SIGNALS, UserError, count, count_cores, describe, on_signals, summary, whole
+from simulator import SimulatorError, split_address
 
 # torch, and the modules that need it, are imported where they are used: --help does not wait.
 
@@ -78,10 +79,14 @@ FORCED_END_SECONDS = 5.0  # until threads that hang in native code are left behi
 CPU_PREDICTORS = 4  # at most, one per two cores: Python runs one thread at a time
 CPU_BATCH = 24  # most states in a prediction; half of the players, where that is less
 CPU_PLAYERS = 48  # in all: in two processes per core, so that one plays while the other waits
-A3C_PLAYERS = 20  # in all: with its longer segments more of them would double the policy lag
 SIMULATOR_BYTES, PLAYER_BYTES = 35e6, 1.5e6  # measured with Breakout, without what they share
 
+# On any device there are so many players that `estimate_lag` says this at most, if nobody chooses
+# their number: measured, the mean is lower.
+MAX_LAG = 2.8
+
 # Ranks
+MAX_RANKS = 1024
 CHECK_STEPS = 100  # iterations after which they compare their weights
 JOIN_SECONDS = 300.0  # how long a rank waits for the others at its start
 JOIN_LOG_SECONDS = 5.0  # after so long it says for which ones
@@ -140,6 +145,13 @@ def gpus(text: str) -> str:
     return text
 
 
+def rank_count(text: str) -> int:
+    """A number of processes that one machine may have."""
+    if not 0 < int(text) <= MAX_RANKS:
+        raise ValueError
+    return int(text)
+
+
 def schedule(text: str) -> str:
     """A schedule, as it is."""
     scheduled(text, 1)
@@ -157,6 +169,8 @@ def scheduled(text: str, epoch: int) -> float:
 
 def in_environment(name: str, default: int) -> int:
     """A number that torchrun or `launch` has left for a rank: from 1 if the default is."""
+    if "RANK" not in os.environ:  # this is none
+        return default
     try:
         return (count if default else whole)(os.environ.get(name, str(default)))
     except ValueError as error:
@@ -180,14 +194,16 @@ class Option(NamedTuple):
 # Names and values are those of the original's constants; what it has not is off.
 LEARNING = (
     Option("batch_size", count, 128, "new states per iteration"),
-    Option("local_time_max", count, 5, "steps of an n-step return, at most"),
-    Option("gamma", positive, 0.99, "discount per step"),
+    Option("local_time_max", count, 5, "steps of an n-step return"),
+    Option("gamma", fraction, 0.99, "discount per step"),
     Option("lambda", fraction, 1.0, "of lambda-returns; 1: n-step returns"),
     Option("life_loss", switch, 0, "1: a lost life ends the return, in learning only"),
     Option("learning_rate", schedule, "1e-3,20:3e-4,120:1e-4", "VALUE,EPOCH:VALUE,..."),
     Option("warm_up", whole, 0, "iterations in which the learning rate rises to its value"),
     Option("entropy_beta", schedule, "0.01,80:0.005", "VALUE,EPOCH:VALUE,..."),
-    Option("anneal", switch, 0, "1: learning rate and entropy weight also fall linearly to 0"),
+    Option(
+        "anneal", switch, 0, "1: learning rate and entropy weight also fall, to 0 at --max-epoch"
+    ),
     Option("adam_epsilon", positive, 1e-3, "epsilon of Adam in TensorFlow's form"),
     Option("center_filters", switch, 0, "1: convolutions see differences only, so that none dies"),
     Option("steps_per_epoch", count, 6000, "iterations per epoch"),
@@ -196,8 +212,8 @@ LEARNING = (
     Option("mean_iterations", count, 1000, "iterations in the mean of the weights"),
 )
 SPEED = (
-    Option("simulator_proc", count, 50, "simulator processes; on a CPU 2 per core"),
-    Option("players_per_simulator", count, 1, f"on a CPU {CPU_PLAYERS} in all; a3c {A3C_PLAYERS}"),
+    Option("simulator_proc", count, 50, "simulator processes, at most; on a CPU 2 per core"),
+    Option("players_per_simulator", count, 1, f"on a CPU {CPU_PLAYERS} players in all, at most"),
     Option("predict_batch_size", count, 15, "states; on a CPU half of the players, 24 at most"),
     Option("predictor_thread_per_gpu", count, 3, "on a CPU 1 per 2 cores, 4 at most"),
     Option("queue_size", count, 128, "states that may wait for the trainer; default: a batch"),
@@ -247,7 +263,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--network", choices=("ba3c", "a3c"), help="default: ba3c; a3c is small, for a CPU")
     add("--config", type=name, metavar="FILE", help="config.json of a run, to train the same")
     add("--track", action="store_true", help="show metrics in Weights & Biases (install wandb)")
-    add("--ranks", type=count, metavar="N", help="so many processes that train as one, on a CPU")
+    add(
+        "--ranks",
+        type=rank_count,
+        metavar="N",
+        help="so many processes that train as one, on a CPU",
+    )
     add("--listen", metavar="ADDRESS", help="tcp://0.0.0.0:PORT, where simulators may join")
     add("--key", type=name, metavar="FILE", help="for them to join; is made if it is not there")
     for title, options in (("what changes learning", LEARNING), ("what changes speed", SPEED)):
@@ -315,12 +336,17 @@ def defaults(chosen: dict, on_cpu: bool, ranks: int, one_per_process: bool) -> d
     cores = max(1, count_cores() // ranks)
     values = {option.name: option.default for option in LEARNING + SPEED}
     values |= {"listen": None, "key": None}
-    is_a3c = chosen.get("network") == "a3c"
-    most_players = A3C_PLAYERS if is_a3c else CPU_PLAYERS
-    most_simulators = max(1, most_players // chosen.get("players_per_simulator", 1))
-    if is_a3c:
+    if chosen.get("network") == "a3c":
         values |= LEARNING_OF_A3C
-        values["simulator_proc"] = most_simulators
+    values["queue_size"] = batch_size = (values | chosen)["batch_size"]
+    values["local_time_max"] = max(1, min(values["local_time_max"], batch_size - 1))
+    of_each = chosen.get("players_per_simulator", 1)
+    most_players = CPU_PLAYERS if on_cpu else of_each * values["simulator_proc"]
+    planned = values | chosen | {"queue_size": batch_size}  # a longer queue has its lag by choice
+    while most_players > 1 and estimate_lag(most_players, planned) > MAX_LAG:
+        most_players -= 1
+    most_simulators = max(1, most_players // of_each)
+    values["simulator_proc"] = min(values["simulator_proc"], ranks * most_simulators)
     if on_cpu:
         values["simulator_proc"] = ranks * min(2 * cores, most_simulators)
     simulators = max(1, (values | chosen)["simulator_proc"] // ranks)
@@ -333,17 +359,26 @@ def defaults(chosen: dict, on_cpu: bool, ranks: int, one_per_process: bool) -> d
         values["predict_batch_size"] = min(CPU_BATCH, -(-players // 2))
     values["predictor_thread_per_gpu"] = min(values["predictor_thread_per_gpu"], simulators)
     values["predict_batch_size"] = min(values["predict_batch_size"], players)
-    values["queue_size"] = batch_size = (values | chosen)["batch_size"]
-    values["local_time_max"] = max(1, min(values["local_time_max"], batch_size - 1))
     return values
+
+
+def estimate_lag(players: int, options: dict) -> float:
+    """The policy lag, in updates, that so many players of a rank have at most with a full queue.
+
+    A state waits until its segment is done, then in the queue, while others are trained on.
+    """
+    waiting = players * (options["local_time_max"] + 3) / 2 + options["queue_size"]
+    return waiting / options["batch_size"]
 
 
 def refuse(o: argparse.Namespace, ranks: int) -> None:
     """UserError unless the options of a rank fit each other and this machine."""
     players = o.simulator_proc * o.players_per_simulator
     size, threads = o.predict_batch_size, o.predictor_thread_per_gpu
-    if o.listen and not o.key:
-        raise UserError("--listen needs --key FILE, which simulators need to join", 2)
+    if o.listen:
+        split_address(o.listen)
+        if not o.key:
+            raise UserError("--listen needs --key FILE, which simulators need to join", 2)
     if size > players:
         raise UserError(f"{players} players can never fill a predict batch of {size} states", 2)
     if threads > o.simulator_proc:
@@ -373,10 +408,30 @@ def complete(
     return o
 
 
-def read_config(path: str) -> dict:
+def with_earlier_defaults(options: dict) -> dict:
+    """Options in a file, with what one of an earlier version does not hold of them.
+
+    There a3c had the original's defaults.
+    """
+    if not options or "lambda" in options:
+        return options
+    of_then = (option for option in LEARNING if option.name in NEW_IN_RECIPE)
+    return {option.name: option.default for option in of_then} | options
+
+
+def refuse_module(path: str, env_id: str) -> None:
+    """UserError where a file names a game in a Python module: no file runs code unasked."""
+    module, colon, _ = env_id.partition(":")
+    if colon:
+        way = f"give --env {env_id}"
+        raise UserError(f"{path} is of a game in the Python module {module}: {way}", 2)
+
+
+def read_config(path: str, env_id: str | None) -> dict:
     """What another run's config.json says of the game, the network and learning, and of speed.
 
-    Of speed only what was chosen there: the rest follows from the machine.
+    Of speed only what was chosen there: the rest follows from the machine. env_id: that of the
+    command line.
     """
     try:
         config = read_json(path, dict)
@@ -384,12 +439,15 @@ def read_config(path: str) -> dict:
         if not isinstance(chosen, dict) or not isinstance(config.get("env"), str):
             raise ValueError("it has no game or options")
         options = {option.name: config[option.name] for option in LEARNING if option.name in config}
+        options = with_earlier_defaults(options)
         known = {option.name for option in SPEED} | {"network", "seed"}
         options |= {name: value for name, value in chosen.items() if name in known}
         check_options(options)
-        return {"env": config["env"]} | options
     except ValueError as error:
         raise UserError(f"{path} is not usable: {error}", 2) from error
+    if env_id is None:
+        refuse_module(path, config["env"])
+    return {"env": config["env"]} | options
 
 
 # GPUs and ranks
@@ -561,6 +619,8 @@ class Ranks:
             return distributed.FileStore(f"{directory}/ranks", self.count)
         of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         address, port = os.environ["MASTER_ADDR"], in_environment("MASTER_PORT", 1)
+        if port > 65535:
+            raise UserError(f"MASTER_PORT is {port} in the environment, which is no port", 2)
         if self.rank == 0 and not of_torchrun:
             return distributed.TCPStore(address, port, self.count, True, wait_for_workers=False)
         begin = time.monotonic()
@@ -849,7 +909,7 @@ def read_json(path: str, kind: type):
         return content
     except OSError as error:
         raise ValueError(f"it has no {os.path.basename(path)}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its {os.path.basename(path)} is damaged") from error
 
 
@@ -954,7 +1014,15 @@ def open_run(path: str, is_resumed: bool, way: str = ""):
 class RunDirectory:
     """The files of a run. Only rank 0 writes; for the others every method does nothing.
 
-    A file that cannot be written is in `unwritten`, and training continues.
+    A file that cannot be written is in `unwritten`, and training continues. What is written when:
+
+        config.json              at the start
+        log.log                  with every line that is shown
+        events.out.tfevents.*    every LOG_SECONDS, by TensorBoard
+        checkpoint.pt, stats.json, model-latest.npz, model-mean.npz
+                                 every CHECKPOINT_SECONDS, before an evaluation, after an epoch,
+                                 and at the end
+        model-best.npz           after an evaluation that is the best so far
     """
 
     def __init__(self, place: RunLocation, log_file=None):
@@ -1070,9 +1138,10 @@ class Run:
         self.at, self.stats = Progress(), []  # stats: an object for each epoch done
         self.rates: dict[str, float] = {}  # learning_rate and entropy_beta of the last iteration
         self.started_at = self.saved_at = time.monotonic()
+        self.feed = self.bar = None  # predictor.Feed and tqdm's bar, while it trains
         self.signum: int | None = None  # of the signal that ends the run
+        self.signalled = 0.0  # when it ends the run
         self.is_whole = True  # not in the middle of an update
-        self.is_compared = True  # the ranks have compared their weights after the last update
         self.local_ranks = in_environment("LOCAL_WORLD_SIZE", 1)
         self.learner = model.Learner(
             network,
@@ -1129,8 +1198,7 @@ class Run:
         o, network = self.options, self.learner.network
         players = o.simulator_proc * o.players_per_simulator
         states = o.steps_per_epoch * o.batch_size
-        # A state waits until its segment is done, then in the queue, while others are trained on.
-        lag = (players * (o.local_time_max + 3) / 2 + o.queue_size) / o.batch_size
+        lag = estimate_lag(players, vars(o))
         parameters = sum(p.numel() for p in network.parameters())
         device = self.ranks.device
         facts = {
@@ -1167,12 +1235,12 @@ class Run:
         elif time.monotonic() - self.signalled > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 
-    def check(self) -> None:
-        """Raise what should end the run, if there is something."""
+    def supervise(self) -> None:
+        """Replace simulators that have ended; raise what should end the run, if there is that."""
         if self.signum is not None and time.monotonic() >= self.signalled:
             what = f"stopped by {signal.Signals(self.signum).name}"
             raise UserError(f"{what} in iteration {self.at.global_step}", 128 + self.signum)
-        for event in self.feed.check():
+        for event in self.feed.replace_ended():
             self.log(f"{event}; training continues")
             if self.ranks.rank:  # its log goes nowhere
                 print(f"rank {self.ranks.rank}: {event}; training continues", file=sys.stderr)
@@ -1246,7 +1314,7 @@ def train(run: Run, track: bool = False) -> None:
         )
         try:
             while run.at.epoch < run.options.max_epoch or run.at.due:
-                run.check()
+                run.supervise()
                 if not run.at.due:
                     train_epoch(run)
                 end_epoch(run)
@@ -1317,10 +1385,8 @@ def train_epoch(run: Run) -> None:
             run.is_whole = True
             run.feed.publish(run.learner.network, at.global_step)
             run.bar.update()
-            run.is_compared = run.ranks.count == 1
-            if not run.is_compared and at.global_step % CHECK_STEPS == 0:
+            if run.ranks.count > 1 and at.global_step % CHECK_STEPS == 0:
                 run.learner.check_ranks()
-                run.is_compared = True
             if at.epoch_step < o.steps_per_epoch:
                 after_iteration(run)
 
@@ -1341,7 +1407,7 @@ def next_batch(run: Run) -> tuple:
     """Wait for a batch, and the versions that chose its actions; log what the first one needs."""
     said_at = time.monotonic()
     while (batch := run.feed.queue.get(timeout=0.5)) is None:
-        run.check()
+        run.supervise()
         if not len(run.metrics) and time.monotonic() - said_at > 2:
             said_at = time.monotonic()
             there = f"{run.feed.pool.connected} of {run.options.simulator_proc} simulators"
@@ -1359,9 +1425,11 @@ def after_iteration(run: Run) -> None:
         run.collect()
     if now - run.metrics.shown_at >= LOG_SECONDS:
         show(run)
-    if now - run.saved_at >= CHECKPOINT_SECONDS and run.is_compared:
+    # Ranks save what they have just compared.
+    is_compared = run.ranks.count == 1 or run.at.global_step % CHECK_STEPS == 0
+    if now - run.saved_at >= CHECKPOINT_SECONDS and is_compared:
         run.save()
-    run.check()
+    run.supervise()
 
 
 def show(run: Run) -> None:
@@ -1401,7 +1469,7 @@ def end_epoch(run: Run) -> None:
         run.save()  # so that an end in the evaluation loses nothing
         run.stats[-1] |= evaluate(run)
     if not is_last:
-        run.ranks.wait_for_evaluation(at.global_step, run.check)
+        run.ranks.wait_for_evaluation(at.global_step, run.supervise)
     at.due = False
     metrics.add_scalars({name: run.stats[-1].get(name) for name in NOT_EVALUATED}, at.global_step)
     run.save()
@@ -1455,9 +1523,9 @@ def evaluate_network(run: Run, network, title: str, seconds: float) -> dict[str,
     log(f"{num_episodes} episodes in {seconds:.0f} s at most")
     seed = (run.options.seed + at.epoch) % 2**32
     try:
-        episodes = score(run.options.env, network, num_episodes, seed, log, seconds, run.check)
+        episodes = score(run.options.env, network, num_episodes, seed, log, seconds, run.supervise)
     except (UserError, OSError) as error:  # no room for its players on a full disk, for example
-        run.check()  # raises once more what ends the run, not only this evaluation
+        run.supervise()  # raises once more what ends the run, not only this evaluation
         log(f"given up: {error}{without_best(run)}")
         return dict(NOT_EVALUATED)
     finished = sum(episode.finished for episode in episodes)
@@ -1516,10 +1584,6 @@ def game_of_file(path: str) -> str | None:
 
 def load_for(env_id: str | None, path: str) -> tuple:
     """Game, network, and checkpoint ({} for an .npz) out of a file, which must fit the game."""
-    if env_id is None and path.endswith(".npz"):
-        env_id = game_of_file(path)
-        if env_id is None:
-            raise UserError(f"{path} is not named after a game: give --env ENV", 2)
     game = describe(env_id) if env_id else None
     import model
 
@@ -1530,12 +1594,16 @@ def load_for(env_id: str | None, path: str) -> tuple:
         except ValueError as error:
             raise UserError(f"{path} is not usable: {error}") from error
         saved["file"] = os.path.abspath(path)
-        if env_id is None and ":" in saved["env"]:  # nothing in a file is executed unasked
-            module, way = saved["env"].partition(":")[0], f"give --env {saved['env']}"
-            raise UserError(f"{path} is of a game in the Python module {module}: {way}", 2)
-        if game is not None and saved["env"] not in (env_id, game.env_id):
+        if game is None:
+            refuse_module(path, saved["env"])
+            game = describe(saved["env"])
+        elif saved["env"] not in (env_id, game.env_id):
             raise UserError(f"{path} is a run of {saved['env']}, not of {env_id}", 2)
-    game = game or describe(saved["env"])
+    elif game is None:
+        env_id = game_of_file(path)
+        if env_id is None:
+            raise UserError(f"{path} is not named after a game: give --env ENV", 2)
+        game = describe(env_id)
     n, actions = network.num_actions, game.num_actions
     if n != actions:
         raise UserError(f"{path} is for a game with {n} actions; {game.env_id} has {actions}")
@@ -1549,14 +1617,17 @@ def task_train(given: dict) -> None:
     track = given.pop("track", False)
     if track and find_spec("wandb") is None:
         raise UserError("--track needs Weights & Biases: pip install wandb", 2)
-    if "config" in given:
-        if given.get("load", "").endswith(".pt"):
-            raise UserError("--config starts a run, and a checkpoint has options of its own", 2)
-        given = read_config(given.pop("config")) | given
+    if "key" in given and "listen" not in given:
+        raise UserError("--key is for --listen ADDRESS", 2)
+    config = given.pop("config", None)
+    if config is not None:
+        given = read_config(config, given.get("env")) | given
     load, output, saved = given.pop("load", None), given.pop("output", None), {}
     env_id, network = given.pop("env", None), None
     if load is not None:
         env_id, network, saved = load_for(env_id, load)
+        if saved and config is not None:
+            raise UserError("--config starts a run, and a checkpoint has options of its own", 2)
         kind = given.setdefault("network", network.kind)
         if kind != network.kind:
             raise UserError(f"{load} holds the network {network.kind}, not {kind}")
@@ -1602,10 +1673,7 @@ def plan_run(game: common.Game, given: dict, saved: dict) -> tuple:
     gpus, ranks = given.pop("gpu", None), given.pop("ranks", None)
     if "key" in given:
         given["key"] = os.path.abspath(given["key"])
-    before = saved.get("options", {})
-    if before and "lambda" not in before:  # of a version whose a3c had the original's defaults
-        of_before = (option for option in LEARNING if option.name in NEW_IN_RECIPE)
-        before = {option.name: option.default for option in of_before} | before
+    before = with_earlier_defaults(saved.get("options", {}))
     chosen = {"seed": secrets.randbits(32), "network": "ba3c"} | before | given
     devices, changes = choose_devices(gpus, ranks, before)
     local_ranks = in_environment("LOCAL_WORLD_SIZE", len(devices))
@@ -1697,7 +1765,6 @@ def task_play(given: dict) -> None:
     """--task play."""
     env_id, network, num_episodes, seed = load_agent(given)
     from predictor import VectorPlayers
-    from simulator import SimulatorError
 
     if "output" in given:
         output = os.path.abspath(given["output"])  # wherever a game goes

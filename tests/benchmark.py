@@ -238,12 +238,12 @@ def feed_and_train(o, env_id: str, seconds: float, gpu_ms: tuple | None, train: 
         warm = time.monotonic() + 600
         while begin is None or time.monotonic() < begin[0] + seconds:
             if (got := feed.queue.get(timeout=0.5)) is None:
-                feed.check()
+                feed.replace_ended()
                 continue
             if begin is None and feed.pool.connected == o.simulator_proc:
                 warm = min(warm, time.monotonic() + 3)
                 if time.monotonic() >= warm or seconds < 1:
-                    feed.check()
+                    feed.replace_ended()
                     pids = [slot.process.pid for slot in feed.pool.slots]
                     cpu = time.process_time(), sum(map(tree_seconds, pids))
                     begin = (time.monotonic(), *cpu, dict(spent))

@@ -314,6 +314,18 @@ class StuckInC(Steady):
         return super().step(action)
 
 
+class BrokenInC(StuckInC):
+    """Its tenth step fails, and then it hangs when it is closed."""
+
+    def step(self, action):
+        if self.steps == 10:
+            raise RuntimeError("the emulator is gone")
+        return super().step(action)
+
+    def close(self):
+        ctypes.PyDLL(None).sleep(3600)
+
+
 class Rich(Steady):
     """Scores in the millions."""
 
@@ -393,7 +405,7 @@ def breakout_reordered(**how):
 
 GAMES = (Catch, Chatty, Crash, NoStart, Stuck, Windowed, Recorded, Count, WithThread, WithProcess)
 GAMES += (OwnLuck, GlobalLuck, OnePerProcess, NotFinite, SlowReset, Noisy, Doomed, StuckInC, Rich)
-GAMES += (TellsSeeds, OwnSignals, Exits, ArrayReward, Lives)
+GAMES += (BrokenInC, TellsSeeds, OwnSignals, Exits, ArrayReward, Lives)
 for game in GAMES:
     gymnasium.register(f"{game.__name__}-v0", game)
 gymnasium.register("Slow-v0", Slow, max_episode_steps=6)

@@ -179,7 +179,7 @@ def watch(feed):
 def drain(feed, states):
     deadline, got = time.monotonic() + 60, 0
     while got < states and time.monotonic() < deadline:
-        feed.check()
+        feed.replace_ended()
         got += feed.queue.batch_size if feed.queue.get(timeout=0.2) is not None else 0
     assert got >= states
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import site
 import subprocess
 import sys
 
@@ -131,6 +132,24 @@ def test_a_player_is_silent():
     code = "from common import *; p = Player(make_env('Pong-v0')); p.reset(seed=1); p.step(0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert done.stdout + done.stderr == b""
+
+
+def test_children_find_what_this_program_finds(monkeypatch, tmp_path):
+    beside_python = f"{sys.prefix}-games"  # begins like Python's own directories
+    monkeypatch.syspath_prepend(beside_python)
+    monkeypatch.syspath_prepend(tmp_path)
+    paths = common.child_environment()["PYTHONPATH"].split(os.pathsep)
+    assert paths[:2] == [str(tmp_path), beside_python]
+    # Python's own come behind these: in front of them they would hide the library of another one.
+    assert not {os.path.dirname(os.__file__), *site.getsitepackages()} & set(paths)
+
+
+def test_lives_are_whole_numbers_of_any_kind():
+    for lives in (3, np.int64(3), np.uint8(3), np.float64(3), np.array(3), np.array([3]), 3.0):
+        assert common.lives_in({"lives": lives}) == 3, repr(lives)
+    for info in ({}, None, [], {"lives": None}, {"lives": "x"}, {"lives": [1, 2]}, {"lives": {}}):
+        assert common.lives_in(info) is None
+    assert common.lives_in({"lives": math.nan}) is None
 
 
 def test_a_file_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):

@@ -269,7 +269,7 @@ def test_players_that_wait_for_the_trainer_are_not_taken_for_ones_that_hang(monk
         while feed.pool.connected < 4:
             drain(feed, 32)
         time.sleep(2.5)  # nobody takes a batch
-        assert feed.check() == []
+        assert feed.replace_ended() == []
         drain(feed, 200)
     finally:
         feed.close()
@@ -283,7 +283,7 @@ def test_a_simulator_that_always_hangs_at_its_start_ends_the_run(monkeypatch):
     try:
         with pytest.raises(simulator.UserError, match=r"simulator \d was silent for \d seconds"):
             while time.monotonic() < begin + 30:
-                events += feed.check()
+                events += feed.replace_ended()
                 time.sleep(0.05)
     finally:
         feed.close()
@@ -306,7 +306,7 @@ def test_churn():
         begin, count = time.monotonic(), 0
         while time.monotonic() < begin + seconds and count < states:
             count += feed.queue.batch_size * (feed.queue.get(timeout=0.05) is not None)
-            events.extend(feed.check())
+            events.extend(feed.replace_ended())
         return count
 
     def kill():
@@ -435,7 +435,7 @@ def test_foreign_messages_change_nothing():
             if feed.queue.get(timeout=0.0) is None:
                 time.sleep(0.001)
         drain(feed, 1000)
-        events = feed.check() + feed.check()
+        events = feed.replace_ended() + feed.replace_ended()
         assert sum(master.dropped for master in feed.pool.masters) > 100
         assert len(events) <= 1  # drain has asked before, and it is said once
     finally:

@@ -101,7 +101,7 @@ def make_training(path, saved=None):
     options.env = GAME
     directory = RunDirectory(RunLocation(str(path), bool(saved), "a place"), log_file)
     made = Run(chosen, options, network, ranks, directory, saved or {})
-    made.feed = SimpleNamespace(check=list, scores=[])
+    made.feed = SimpleNamespace(replace_ended=list, scores=[])
     made.bar = SimpleNamespace(disable=False, set_postfix_str=lambda text: None)
     return made
 
@@ -234,7 +234,7 @@ def test_what_ends_the_run_is_not_taken_for_the_end_of_an_evaluation(training, m
     def fail():
         raise common.UserError("simulator 0 ended with code 1: the game broke")
 
-    training.feed.check = fail
+    training.feed.replace_ended = fail
     monkeypatch.setattr("predictor.score", lambda *args: args[-1]())
     with pytest.raises(common.UserError, match="the game broke"):
         train_atari.evaluate(training)
@@ -530,7 +530,9 @@ def test_a_checkpoint_without_a_key_or_with_a_wrong_type_is_refused(run):
         # An option or a metric may be missing: earlier versions had fewer, and a run has defaults.
         known = place[0] in ("options", "stats") and len(place) > 1
         needed = ("epoch_num", "global_step")
-        optional = place[-1] in ("due", "run_id", "mean") or (known and place[-1] not in needed)
+        optional = place[-1] in ("due", "needed_s", "run_id", "mean") or (
+            known and place[-1] not in needed
+        )
         states = [changed(good, place, value={"wrong": ["type"]})]
         if not optional:
             states.append(changed(good, place))
@@ -570,11 +572,12 @@ def test_a_checkpoint_without_a_key_or_with_a_wrong_type_is_refused(run):
         (("options", "batch_size"), "16", "option 'batch_size' with the value '16'"),
         (("options", "batch_size"), -1, "invalid count value: '-1'"),
         (("options", "batch_siz"), 16, "option 'batch_siz'"),
-        (("options", "gamma"), torch.nan, "invalid positive value"),
+        (("options", "gamma"), torch.nan, "invalid fraction value"),
         (("options", "learning_rate"), "1e-3,x", "invalid schedule value"),
         (("options", "episode"), 3, "option 'episode'"),
         (("options", "output"), "/", "option 'output'"),
-        (("options", "ranks"), "many", "invalid count value: 'many'"),
+        (("options", "ranks"), "many", "invalid rank_count value: 'many'"),
+        (("options", "ranks"), 2**31, "invalid rank_count value"),
         (("options", "gpu"), 7, "option 'gpu'"),
         (("options", "gpu"), "0,x", "invalid gpus value"),
         (("options", "help"), "x", "its options are wrong"),
@@ -806,14 +809,28 @@ def test_a_file_that_is_named_after_a_game_needs_no_env():
         assert train_atari.game_of_file(file) == game, file
 
 
+def test_a_file_is_what_it_holds_whatever_its_name_is(weights, run, monkeypatch, capsys):
+    monkeypatch.setattr("predictor.score", lambda *_, **__: [Episode(1.0, 2, True)])
+    shutil.copy(weights, "weights")
+    assert main(["--task", "eval", "--load", "weights"]) == 2
+    assert "weights is not named after a game: give --env" in sentence_of(capsys)
+    assert main(["--task", "eval", "--load", "weights", *CATCH]) == 0
+    shutil.copy(run / "checkpoint.pt", "old")
+    assert main(["--task", "eval", "--load", "old", *CATCH]) == 0
+    capsys.readouterr()
+    assert main(["--load", "old", *CATCH, "--output", "new", "--max-epoch", 2]) == 0
+    assert "a run is resumed only from its checkpoint.pt" in capsys.readouterr().out
+
+
 def test_without_a_file_the_agent_of_the_game_plays(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train_atari.MODELS", str(tmp_path))
     monkeypatch.setattr("predictor.score", lambda *_, **__: [Episode(1.0, 2, True)])
     shutil.copy(weights, "tests.games-Catch-v0.npz")
     assert main(["--task", "eval", *CATCH]) == 0
     assert "the agent is tests.games-Catch-v0.npz" in capsys.readouterr().out
-    assert main(["--task", "eval", "--env", "Pong-v0"]) == 2
-    assert "there is no agent for Pong-v0 in" in sentence_of(capsys)
+    for game in ("Pong-v0", "ale_py:Pong-v0"):
+        assert main(["--task", "eval", "--env", game]) == 2
+        assert "there is no agent for Pong-v0 in" in sentence_of(capsys)
 
 
 def test_a_resumed_run_learns_as_before_whatever_the_defaults_are(run, monkeypatch):
@@ -843,7 +860,7 @@ def test_a_run_takes_the_options_of_another_one(run, tmp_path, capsys):
     config = json.loads((run / "config.json").read_text())
     config |= {"gamma": 0.9, "queue_size": 77}  # the second followed from others
     (tmp_path / "config.json").write_text(json.dumps(config))
-    arguments = ["--config", "config.json", "--output", "new", "--max-epoch", 1]
+    arguments = [*CATCH, "--config", "config.json", "--output", "new", "--max-epoch", 1]
     assert main([*arguments, "--eval-episode", 2]) == 0
     made = json.loads((tmp_path / "new" / "config.json").read_text())
     expected = {"env": GAME, "network": "a3c", "seed": 1, "batch_size": 16, "steps_per_epoch": 3}
@@ -854,7 +871,33 @@ def test_a_run_takes_the_options_of_another_one(run, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main([*arguments, "--output", "other"]) == 2
     assert "config.json is not usable: its options are wrong" in sentence_of(capsys)
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    assert main([*arguments, "--output", "other"]) == 2
+    assert "config.json is not usable: its config.json is damaged" in sentence_of(capsys)
     assert not os.path.exists("other")
+
+
+def test_the_config_of_an_earlier_run_trains_what_it_trained(run, tmp_path, capsys):
+    config = json.loads((run / "config.json").read_text())
+    for name in ("lambda", "life_loss", "anneal"):
+        del config[name]
+    config |= {"local_time_max": 5, "entropy_beta": "0.01", "max_epoch": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["--config", "config.json", *CATCH, "--output", "new"]) == 0
+    made = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert [made[name] for name in ("lambda", "life_loss", "anneal")] == [1.0, 0, 0]
+    assert main(["--config", "config.json", *CATCH, "--load", run / "checkpoint.pt"]) == 2
+    assert "a checkpoint has options of its own" in sentence_of(capsys)
+
+
+def test_a_config_runs_no_code_unasked(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "effects.py").write_text("open('effects', 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = json.loads((run / "config.json").read_text()) | {"env": "effects:Pong-v0"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["--config", "config.json", "--output", "new"]) == 2
+    assert "in the Python module effects: give --env effects:Pong-v0" in sentence_of(capsys)
+    assert not os.path.exists("effects") and not os.path.exists("new")
 
 
 def test_metrics_go_to_weights_and_biases_if_asked(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Games of other people: what they may do, and what becomes of those that go wrong."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,7 @@ def events_until(feed, enough, seconds=60):
     while not enough(events):
         assert time.monotonic() < deadline, events
         feed.queue.get(timeout=0.05)
-        events += feed.check()
+        events += feed.replace_ended()
     return events
 
 
@@ -189,8 +191,15 @@ def test_an_environment_counts_as_it_says_of_itself():
         assert Player(make_env(env_id)).max_steps == limit, env_id
     speeds = {"Breakout-v0": 20, "ALE/Breakout-v5": 15, "BreakoutNoFrameskip-v4": 60}
     speeds |= {"tests.games:Slow-v0": 7, "tests.games:Rich-v0": 20}
+    speeds |= {"tests.games:StickyBreakout-v0": 15, "tests.games:BreakoutReordered-v0": 15}
     for env_id, speed in speeds.items():
         assert frame_rate(make_env(env_id)) == speed, env_id
+    skipping = gymnasium.wrappers.MaxAndSkipObservation(make_env("BreakoutNoFrameskip-v4"), 4)
+    assert frame_rate(skipping) == 15
+    unusual = make_env("tests.games:Slow-v0")
+    for rate in (None, "fast", math.nan, math.inf, 0, -3):
+        unusual.unwrapped.metadata = {"render_fps": rate}
+        assert frame_rate(unusual) == 20, rate
 
 
 def test_fire_is_found_where_the_wrappers_have_put_it():
@@ -284,7 +293,7 @@ def test_patience_is_for_one_reset_not_for_those_of_all_players(monkeypatch):
     feed = feed_of("SlowReset", simulator_proc=1, players_per_simulator=6)
     try:
         drain(feed, 300)  # more than two episodes of all: six resets of half a second each
-        assert feed.check() == []
+        assert feed.replace_ended() == []
     finally:
         feed.close()
 
@@ -294,7 +303,17 @@ def test_a_game_that_hangs_in_c_code_is_replaced(monkeypatch):
     feed = feed_of("StuckInC")
     try:
         events = events_until(feed, lambda events: len(events) >= 2)
-        assert all(re.fullmatch(r"simulator \d was silent for \d seconds", e) for e in events)
+        sentence = r"simulator \d was silent for \d seconds, or its game did not close: .+"
+        assert all(re.fullmatch(sentence, event) for event in events)
+    finally:
+        feed.close()
+
+
+def test_a_game_that_fails_and_then_does_not_close_says_why_it_failed():
+    feed = feed_of("BrokenInC")
+    try:
+        event = events_until(feed, len)[0]
+        assert "its game did not close: RuntimeError: the emulator is gone" in event
     finally:
         feed.close()
 

@@ -1,6 +1,7 @@
 """The maths against figures that the original computed, and weight files both ways."""
 
 import copy
+import io
 import os
 import pickle
 from pathlib import Path
@@ -234,6 +235,14 @@ def test_unusable_files_get_a_sentence_and_run_no_code(tmp_path, monkeypatch):
         assert f"{name}.npz" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(WeightFileError, match="no variable conv3/W"):
         load("missing.npz")[0]
+    whole = dict(np.load(io.BytesIO(weights_file(Network("ba3c", 4)))))
+    for name in whole:
+        np.savez("one-less.npz", **{other: whole[other] for other in whole if other != name})
+        with pytest.raises(WeightFileError, match=f"no variable {name}"):
+            load("one-less.npz")
+    np.savez("large.npz", **whole | {"fc0/b": np.full(512, 1e300)})
+    with pytest.raises(WeightFileError, match="fc0/b does not hold finite"):
+        load("large.npz")
     with pytest.raises(WeightFileError, match=r"conv1/W.*\(5, 5, 32, 31\).*\(5, 5, 32, 32\)"):
         load("shape.npz")[0]
     assert not Path("evil-code-ran").exists()

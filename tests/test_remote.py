@@ -103,10 +103,12 @@ def test_simulators_outlive_the_run_and_join_the_next(tmp_path):
 @pytest.mark.parametrize(
     "args, text",
     [
-        (("--listen", "tcp://127.0.0.1:0"), "--listen needs --key"),
-        (("--listen", "tcp://127.0.0.1:0", "--key", "/nowhere/key"), "cannot write the key"),
-        (("--listen", "tcp://127.0.0.1:0", "--key", str(ROOT / "README.md")), "holds no key"),
-        (("--listen", "nonsense", "--key", "key"), "cannot listen on nonsense"),
+        (("--listen", "tcp://127.0.0.1:5555"), "--listen needs --key"),
+        (("--listen", "tcp://127.0.0.1:5555", "--key", "/nowhere/key"), "cannot write the key"),
+        (("--listen", "tcp://127.0.0.1:5555", "--key", str(ROOT / "README.md")), "holds no key"),
+        (("--listen", "tcp://192.0.2.1:5555", "--key", "key"), "cannot listen on tcp://192.0.2.1"),
+        (("--listen", "nonsense", "--key", "key"), "nonsense is no address"),
+        (("--listen", "tcp://127.0.0.1:99999", "--key", "key"), "99999 is no address"),
     ],
 )
 def test_bad_input_gets_one_sentence(tmp_path, args, text):

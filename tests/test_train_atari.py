@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,17 +214,19 @@ def test_an_error_in_a_simulator_ends_the_run(tmp_path):
         (("--env", "Brekout-v0"), 2, "nearest names: Breakout-v0"),
         (("--task", "play"), 2, "--env is required"),
         (("--task", "play", "--env", "Freeway-v0"), 2, "there is no agent for Freeway-v0 in"),
-        (("--load", "mine.npz"), 2, "mine.npz is not named after a game: give --env"),
+        (("--load", "mine.npz"), 1, "there is no file mine.npz"),
         (("--config", "nowhere.json"), 2, "it has no nowhere.json"),
         (("--config", __file__), 2, "is damaged"),
-        (("--config", "c.json", "--load", "c.pt"), 2, "a checkpoint has options of its own"),
         (("--env", "Pong-v0", "--track"), 2, "pip install wandb"),
         (("--env", "CartPole-v1"), 2, "no game with RGB frames"),
         (("--env", "Pong-v0", "--gpu", "99"), 2, "CUDA device"),
         (("--env", "Pong-v0", "--gpu", "0,0"), 2, "invalid gpus value: '0,0'"),
         (("--env", "Pong-v0", "--simulator-proc", "0"), 2, "simulator-proc"),
         (("--env", "Pong-v0", "--batch-size", "-1"), 2, "batch-size"),
-        (("--env", "Pong-v0", "--gamma", "nan"), 2, "invalid positive value: 'nan'"),
+        (("--env", "Pong-v0", "--gamma", "nan"), 2, "invalid fraction value: 'nan'"),
+        (("--env", "Pong-v0", "--gamma", "1.5"), 2, "invalid fraction value: '1.5'"),
+        (("--env", "Pong-v0", "--ranks", str(2**32 - 1)), 2, "invalid rank_count value"),
+        (("--env", "Pong-v0", "--key", "key"), 2, "--key is for --listen ADDRESS"),
         (("--env", "Pong-v0", "--seed", "-1"), 2, "seed"),
         (("--env", "Pong-v0", "--seed", str(2**70)), 2, "seed"),
         (("--env", "Pong-v0", "--players-per-simulator", "50000000"), 2, "GB of memory"),
@@ -255,13 +258,26 @@ def test_bad_input_gets_one_sentence(tmp_path, args, code, text):
     [
         ("RANK", "", 2, "RANK is '' in the environment, which is no such number"),
         ("LOCAL_WORLD_SIZE", "0", 2, "LOCAL_WORLD_SIZE is '0' in the environment"),
-        ("RANK", "0", 1, "rank 0 cannot join the others"),
+        ("MASTER_PORT", "70000", 2, "MASTER_PORT is 70000 in the environment, which is no port"),
+        ("WORLD_SIZE", None, 1, "rank 0 cannot join the others: WORLD_SIZE is not set"),
     ],
 )
 def test_a_rank_without_the_others_gets_one_sentence(tmp_path, name, value, code, text):
-    done = run(*CATCH, "--output", tmp_path / "run", **{name: value})
+    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    world[name] = value
+    world = {name: value for name, value in world.items() if value is not None}
+    done = run(*CATCH, "--output", tmp_path / "run", **world)
     assert done.returncode == code
     assert len(done.stderr.splitlines()) == 1 and text in done.stderr
+
+
+def test_a_program_that_is_no_rank_is_alone_whatever_else_the_environment_says(tmp_path):
+    output = tmp_path / "run"
+    args = (*CATCH, *TINY, "--max-epoch", 1, "--output", output)
+    done = run(*args, LOCAL_WORLD_SIZE="2", LOCAL_RANK="1")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "2 processes x" in done.stdout
+    assert json.loads((output / "config.json").read_text())["simulator_proc_of_a_rank"] == 2
 
 
 def test_weights_that_do_not_fit(trained, tmp_path):
@@ -295,9 +311,13 @@ def test_help_is_quick_and_complete():
 def test_where_no_socket_can_be(tmp_path):
     deep = tmp_path / ("x" * 120)
     deep.mkdir()
-    done = run(*CATCH, "--output", tmp_path / "run", TMPDIR=deep)
-    assert done.returncode == 1 and "cannot listen on ipc" in done.stderr
-    assert not list(deep.glob("batch-a3c-*"))
+    not_in_utf8 = tmp_path / "\udcff"
+    not_in_utf8.mkdir()
+    for path in (deep, not_in_utf8):
+        done = run(*CATCH, "--output", tmp_path / "run", TMPDIR=path)
+        assert done.returncode == 1 and "cannot listen on ipc" in done.stderr
+        assert not list(path.glob("batch-a3c-*"))
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_a_gpu_for_which_the_driver_is_too_old_is_none(monkeypatch):
@@ -385,6 +405,33 @@ def test_defaults_of_the_small_network_keep_the_policy_lag_low(monkeypatch, on_c
     assert o.predict_batch_size <= max(15, players / 2)
     # A batch that is smaller than a segment would never be full of finished ones.
     assert complete(chosen | {"batch_size": 16, "queue_size": 16}, on_cpu).local_time_max == 15
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("network", ["ba3c", "a3c"])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"local_time_max": 20},
+        {"local_time_max": 60},
+        {"batch_size": 32},
+        {"batch_size": 512},
+        {"batch_size": 64, "local_time_max": 10, "players_per_simulator": 2},
+    ],
+)
+def test_defaults_keep_the_policy_lag_low_whatever_changes_it(monkeypatch, network, on_cpu, chosen):
+    monkeypatch.setattr("train_atari.count_cores", lambda: 2)
+    o = complete({"network": network} | chosen, on_cpu)
+    players = o.simulator_proc * o.players_per_simulator
+    assert 2 <= players <= (48 if on_cpu else 50 * o.players_per_simulator)
+    assert (players * (o.local_time_max + 3) / 2 + o.queue_size) / o.batch_size <= 2.8
+
+
+def test_a_long_queue_has_its_lag_by_choice(monkeypatch):
+    monkeypatch.setattr("train_atari.count_cores", lambda: 2)
+    o = complete({"queue_size": 2048}, on_cpu=True)
+    assert o.simulator_proc * o.players_per_simulator == 48
 
 
 def test_what_a_user_chooses_is_not_changed():
