@@ -111,17 +111,12 @@ def raise_stopped(signum: int, frame) -> None:
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and SIGHUP wait for the end of this block."""
-    if not in_main_thread():
-        yield
-        return
-    signals = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
     caught: list[int] = []
-    handlers = [signal.signal(s, lambda signum, frame: caught.append(signum)) for s in signals]
     try:
-        yield
+        with signals_kept():
+            on_signals(lambda signum, frame: caught.append(signum))
+            yield
     finally:
-        for signum, handler in zip(signals, handlers, strict=True):
-            signal.signal(signum, handler)
         for signum in caught[:1]:
             signal.raise_signal(signum)
 
@@ -148,8 +143,7 @@ def end_with_parent(end: Callable, *args) -> None:
 def end_processes(processes: list[subprocess.Popen], seconds: float) -> None:
     """Close the standard inputs of processes, and kill those that have not ended in time."""
     for process in processes:
-        with contextlib.suppress(BrokenPipeError):  # it has ended
-            process.stdin.close()
+        process.stdin.close()
     deadline = time.monotonic() + seconds
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -167,17 +161,12 @@ def child_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(own)}
 
 
-@contextlib.contextmanager
-def directory_kept() -> Iterator[None]:
+def directory_kept() -> contextlib.chdir:
     """Be in the same directory at the end of this block: a game may go to another one."""
     try:
-        directory = os.getcwd()
+        return contextlib.chdir(os.getcwd())
     except FileNotFoundError as error:
         raise UserError("the current directory is gone: go to another one", 2) from error
-    try:
-        yield
-    finally:
-        os.chdir(directory)
 
 
 class PrivateDirectory:
@@ -480,10 +469,7 @@ class Player(gymnasium.Wrapper):
         reward or the score is not finite.
         """
         self.screen, reward, terminated, truncated, info = self.env.step(action)
-        try:
-            reward = float(reward)
-        except TypeError:  # some games give an array of one
-            reward = float(np.asarray(reward).item())
+        reward = float(np.asarray(reward).item())  # some games give an array of one
         self.score += reward
         self.length += 1
         if not math.isfinite(reward) or not math.isfinite(self.score):
@@ -499,11 +485,8 @@ class Player(gymnasium.Wrapper):
 
 def lives_in(info) -> int | None:
     """The number of lives that a game says are left, or None if it says nothing of them."""
-    lives = info.get("lives") if isinstance(info, dict) else None
-    if lives is None or isinstance(lives, int):
-        return lives
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        return int(np.asarray(lives).item())
+    with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
+        return int(np.asarray(info["lives"]).item())
     return None
 
 

@@ -48,7 +48,7 @@ class RanksError(RuntimeError):
     """A collective of the ranks failed: another rank has ended, or cannot be reached."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(FloatingPointError):
     """The ranks do not hold the same weights any more."""
 
 
@@ -312,7 +312,6 @@ class Learner:
         self.optimizer.step()
         for filters, mean in zip(self.centered, means, strict=True):
             filters += mean - filters.mean((2, 3), keepdim=True)
-        self.optimizer.zero_grad()
         with torch.no_grad():
             share = 1 / min(self.updates, self.mean_iterations)
             torch._foreach_lerp_(list(self.mean_network.parameters()), self.parameters, share)
@@ -340,15 +339,13 @@ class Learner:
         with collective():
             distributed.all_reduce(sums, distributed.ReduceOp.MAX)
         if sums.sum() != 0:
-            raise DivergedError("the ranks hold different weights")
+            raise DivergedError("the ranks hold different weights; nothing is saved")
 
     def share(self, run: dict) -> dict:
         """Make all ranks hold what rank 0 holds: weights, optimizer, updates; returns its `run`."""
         if self.ranks == 1:
             return run
-        file = io.BytesIO()
-        torch.save({"learner": self.state_dict(), "run": run}, file)
-        content = [file.getvalue()]
+        content = [checkpoint_file(self, {"run": run})]
         with collective():
             distributed.broadcast_object_list(content, 0, device=self.device)
         state = torch.load(io.BytesIO(content[0]), map_location="cpu", weights_only=True)
@@ -405,13 +402,12 @@ class Learner:
 
     def measure(self, size: int) -> float:
         """States per second of gradients, from two batches of this size; the first warms up."""
-        zeros, newest = torch.zeros(size), torch.arange(FRAME_HISTORY - 1, size)
-        frames = torch.zeros(size, *FRAME_SHAPE, dtype=torch.uint8)
-        batch = Batch(frames, newest, *(column[newest] for column in (zeros.long(), zeros, zeros)))
+        batch = Batch(*map(torch.zeros_like, Batch.empty(size)))
+        batch.newest.fill_(FRAME_HISTORY - 1)
         for _ in range(2):
             start = time.perf_counter()
             self.gradients(batch, 0.0)
-        return len(newest) / (time.perf_counter() - start)
+        return size / (time.perf_counter() - start)
 
     def state_dict(self) -> dict:
         """Everything an update depends on."""
@@ -553,9 +549,8 @@ def read_checkpoint(checkpoint: dict) -> Network:
         for number, weight in enumerate(weights.values()):
             moments[number] = {"exp_avg": weight, "exp_avg_sq": weight, "step": ZERO}
     form = {"network": weights, "mean": weights, "optimizer": {"state": moments}}
-    if "mean" not in learner:  # of an earlier version
-        del form["mean"]
-    check_form(learner, form, "learner")
+    # Checkpoints of earlier versions have no mean.
+    check_form({"mean": learner["network"], **learner}, form, "learner")
     if len(learner["network"]) > len(weights) or len(learner["optimizer"]["state"]) > len(moments):
         raise ValueError("it has variables that its network has not")
     network.load_state_dict(learner["network"])

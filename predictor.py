@@ -31,17 +31,8 @@ from tqdm import tqdm
 
 import simulator
 from common import RANDOM_ACTIONS, Episode, UserError, count_cores, describe, signals_deferred
-from model import (
-    FRAME_HISTORY,
-    FRAME_SHAPE,
-    STATE_SHAPE,
-    Batch,
-    Learner,
-    Network,
-    captured,
-    in_bfloat16,
-)
-from simulator import FRAME_BYTES, HIGH_WATER_MARK, IS_OVER, LIFE_LOST, SimulatorPool
+from model import FRAME_HISTORY, STATE_SHAPE, Batch, Learner, Network, captured, in_bfloat16
+from simulator import FRAME_BYTES, FRAME_SHAPE, HIGH_WATER_MARK, IS_OVER, LIFE_LOST, SimulatorPool
 
 EVAL_PLAYERS = 16  # side by side in an evaluation
 LOG_SECONDS = 10  # from one line of progress to the next, where there is no terminal
@@ -75,8 +66,8 @@ class Peer:
 
     place: int
     first_message_at: float | None = None  # time.monotonic()
-    owes_message: bool = True  # it was started or answered, and has not sent anything since
-    owes_since: float = dataclasses.field(default_factory=time.monotonic)
+    # When it was started or answered; None: it has sent its message, and waits for actions.
+    owes_since: float | None = dataclasses.field(default_factory=time.monotonic)
 
 
 class Master:
@@ -108,7 +99,6 @@ class Master:
         self.replaced: set[bytes] = set()  # identities that have lost their place
         self.joined = 0  # simulators that an open master has given a place
         self.dropped = 0  # messages that no simulator of this master can have sent
-        self.arrived: list[Message] = []  # received, and not handed out yet
         self.socket = context.socket(zmq.ROUTER)
         self.socket.set_hwm(HIGH_WATER_MARK)  # before bind: later it would do nothing
         self.socket.setsockopt(zmq.MAXMSGSIZE, players * FRAME_BYTES + 65536)
@@ -135,12 +125,9 @@ class Master:
         """A free place of an open master, or that of a silent simulator; None if all are in use."""
         taken = {peer.place for peer in self.peers.values()}
         vacant = (place for place in range(self.num_places) if place not in taken)
-        now = time.monotonic()
-        silent = (
-            peer.place
-            for peer in self.peers.values()
-            if peer.owes_message and now - peer.owes_since > simulator.HANG_SECONDS
-        )
+        long_ago = time.monotonic() - simulator.HANG_SECONDS
+        owing = (peer for peer in self.peers.values() if peer.owes_since is not None)
+        silent = (peer.place for peer in owing if peer.owes_since < long_ago)
         return next(itertools.chain(vacant, silent), None)
 
     def receive(self, most: int, timeout_ms: int) -> list[Message]:
@@ -148,22 +135,19 @@ class Master:
 
         It waits for the first for `timeout_ms`; [] if none comes.
         """
-        if not self.arrived:
-            self.socket.poll(timeout_ms)
+        messages: list[Message] = []
+        self.socket.poll(timeout_ms)
         for _ in range(MOST_MESSAGES):
             try:
                 parts = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            message = self.parse(parts)
-            if message is not None:
-                self.arrived.append(message)
+            if (message := self.parse(parts)) is None:
+                self.refuse(parts[0])
                 continue
-            self.refuse(parts[0])
-        # What a simulator has sent that has lost its place is of no use.
-        self.arrived = [m for m in self.arrived if m.identity in self.peers]
-        count = max(1, most // self.players)
-        messages, self.arrived = self.arrived[:count], self.arrived[count:]
+            messages.append(message)
+            if len(messages) >= most // self.players:
+                break
         return messages
 
     def refuse(self, identity: bytes) -> None:
@@ -200,12 +184,12 @@ class Master:
         if peer is None and self.is_open and (place := self.find_place()) is not None:
             peer = self.assign(identity, place)
             self.joined += 1
-        if peer is None or not peer.owes_message:  # it has no place, or has not been answered
+        if peer is None or peer.owes_since is None:  # it has no place, or has not been answered
             return None
         is_first = peer.first_message_at is None
         if is_first:
             peer.first_message_at = time.monotonic()
-        peer.owes_message = False
+        peer.owes_since = None
         if self.frames is None:
             frames = np.frombuffer(pixels[0], np.uint8).reshape(k, *FRAME_SHAPE)
         else:
@@ -224,7 +208,7 @@ class Master:
     def reply(self, message: Message, actions: list[int]) -> None:
         """Send the actions (k,) of the players of `message`."""
         if peer := self.peers.get(message.identity):
-            peer.owes_message, peer.owes_since = True, time.monotonic()
+            peer.owes_since = time.monotonic()
         self.socket.send(message.identity, zmq.SNDMORE)
         self.socket.send(msgpack.packb(actions))
 
@@ -242,13 +226,12 @@ class LocalPool(SimulatorPool):
         super().__init__(env_id, simulators, players, seed, *options)
         self.context = zmq.Context()
         self.masters: list[Master] = []
-        self.frames_fd, frames = None, None
+        frames = None
         try:
             if hasattr(os, "memfd_create"):  # on Linux; it has no name that could be left behind
-                self.frames_fd = os.memfd_create("batch-a3c-frames")
-                self.shared_fds = [self.frames_fd]
-                os.ftruncate(self.frames_fd, simulators * players * FRAME_BYTES)
-                frames = simulator.share_frames(self.frames_fd, players)
+                self.shared_fds = [os.memfd_create("batch-a3c-frames")]
+                os.ftruncate(self.shared_fds[0], simulators * players * FRAME_BYTES)
+                frames = simulator.share_frames(self.shared_fds[0], players)
             for group in range(groups):
                 address = f"ipc://{self.directory.path}/{group}"
                 size = len(range(group, simulators, groups))
@@ -272,7 +255,7 @@ class LocalPool(SimulatorPool):
 
     def options(self, index: int) -> list[str]:
         """The address of its master, and where its frames go."""
-        frames = [] if self.frames_fd is None else [f"--frames-fd={self.frames_fd}"]
+        frames = [f"--frames-fd={fd}" for fd in self.shared_fds]
         return [f"--connect={self.master_of(index).address}", *frames]
 
     def first_message_at(self, index: int) -> float | None:
@@ -294,9 +277,8 @@ class LocalPool(SimulatorPool):
         super().close()
         if not in_use:
             self.context.destroy(linger=0)
-        if self.frames_fd is not None:
-            os.close(self.frames_fd)
-            self.frames_fd = None
+        while self.shared_fds:
+            os.close(self.shared_fds.pop())
 
 
 # n-step returns
@@ -434,8 +416,7 @@ class ExperienceQueue:
     def put(self, segment: Segment) -> bool:
         """Copy a segment into the queue; waits while it is full. False if the queue was closed."""
         with self.changed:
-            while len(self) >= self.size and not self.closed:
-                self.changed.wait()
+            self.changed.wait_for(lambda: len(self) < self.size or self.closed)
             if self.closed:
                 return False
             done, count = 0, len(segment.actions)

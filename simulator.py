@@ -68,9 +68,7 @@ LOG_BYTES, TAIL_BYTES = 2**20, 2**14  # of what a simulator prints, and of its e
 NICENESS = 3  # of simulators: the process that predicts and learns goes first, for all wait for it
 PR_SET_PDEATHSIG = 1  # of prctl(2): which signal follows the end of the parent
 KILLED = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of what was ended from outside
-LIKELY_CAUSE = (
-    "is there too little memory? Fewer --simulator-proc or --players-per-simulator need less"
-)
+LIKELY_CAUSE = "is there too little memory? Fewer --simulator-proc or --players-per-simulator help"
 REACH_SECONDS = 5.0  # until a host that does not answer is out of reach
 REJOIN_SECONDS = 3.0  # from one attempt to join a run to the next
 SETTLED_SECONDS = 10.0  # a remote simulator that lives so long has joined its run
@@ -79,15 +77,11 @@ SETTLED_SECONDS = 10.0  # a remote simulator that lives so long has joined its r
 # The program
 
 
-class Ended(BaseException):
-    """This simulator was told to end, or its parent is gone."""
-
-
 def end_when_told(signum: int, frame) -> None:
     """Handle SIGTERM: leave the game, so that it is closed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     set_alarm(END_SECONDS)
-    raise Ended
+    common.raise_stopped(signum, frame)
 
 
 def end_this_simulator() -> None:
@@ -202,8 +196,8 @@ def run_simulator(a: argparse.Namespace) -> None:
         signal.signal(signal.SIGTERM, end_when_told)
         threading.Thread(target=end_with_parent, args=(end_this_simulator,), daemon=True).start()
         sys.stdout.reconfigure(line_buffering=True)
-        code = exit_code_of(a, lambda: simulate(a, players))
-    except Ended:
+        code = exit_code_of(lambda: simulate(a, players))
+    except common.Stopped:
         code = None  # it ends by the signal that it was sent
     except BaseException:
         traceback.print_exc()
@@ -419,8 +413,7 @@ class SimulatorPool:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(slot.process.pid, signal.SIGKILL)
         slot.process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            slot.process.stdin.close()
+        slot.process.stdin.close()
         slot.process = None
 
     @common.signals_deferred()
@@ -512,8 +505,7 @@ def join_run(a: argparse.Namespace) -> None:
             said.add(sentence)
             print(sentence, file=sys.stderr, flush=True)
 
-    pool = RemotePool(a)
-    with contextlib.closing(pool):
+    with contextlib.closing(RemotePool(a)) as pool:
         while True:
             for event in pool.collect_ended():
                 say(re.sub(r"simulator \d+ ", "a simulator ", event) + "; it tries again")
@@ -532,16 +524,13 @@ def join_run(a: argparse.Namespace) -> None:
 # The command line
 
 
-def exit_code_of(a: argparse.Namespace, work: Callable[[], None]) -> int:
+def exit_code_of(work: Callable[[], None]) -> int:
     """Do some work; what goes wrong is one sentence on standard error."""
     try:
         work()
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
-    except zmq.ZMQError as error:
-        print(f"{a.connect}: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     return 0
@@ -551,9 +540,7 @@ def main() -> int:
     """Run simulators."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "--connect", required=True, metavar="ADDRESS", help="of a run that listens: tcp://HOST:PORT"
-    )
+    add("--connect", required=True, metavar="ADDRESS", help="of the run: tcp://HOST:PORT")
     add("--env", required=True, help="gymnasium id of the game")
     add("--players", type=count, default=1, metavar="N", help="players a simulator steps together")
     add("--seed", type=whole, default=0, metavar="N", help="of the games")
@@ -570,7 +557,7 @@ def main() -> int:
     a = parser.parse_args()
     if a.identity is not None:
         run_simulator(a)
-    return exit_code_of(a, lambda: join_run(a))
+    return exit_code_of(lambda: join_run(a))
 
 
 if __name__ == "__main__":

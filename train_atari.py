@@ -96,13 +96,7 @@ REASON_SECONDS = 1.0  # how long rank 0 waits for word of why another rank has e
 RANK_END_SECONDS = 5.0  # how long rank 0 has to save if all ranks are told to end
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
 
-RUN_FILES = (
-    "checkpoint.pt",
-    "stats.json",
-    "model-latest.npz",
-    "model-mean.npz",
-    "model-best.npz",
-)
+RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-mean.npz", "model-best.npz")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that know none
 GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, for what a program cannot help
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "pyzmq", "msgpack")
@@ -131,10 +125,10 @@ def switch(text: str) -> int:
 
 
 def name(text: str) -> str:
-    """The name of a file or directory."""
+    """The name of a file or directory, wherever a game goes."""
     if not text or "\0" in text:
         raise ValueError
-    return text
+    return os.path.abspath(text)
 
 
 def gpus(text: str) -> str:
@@ -201,9 +195,7 @@ LEARNING = (
     Option("learning_rate", schedule, "1e-3,20:3e-4,120:1e-4", "VALUE,EPOCH:VALUE,..."),
     Option("warm_up", whole, 0, "iterations in which the learning rate rises to its value"),
     Option("entropy_beta", schedule, "0.01,80:0.005", "VALUE,EPOCH:VALUE,..."),
-    Option(
-        "anneal", switch, 0, "1: learning rate and entropy weight also fall, to 0 at --max-epoch"
-    ),
+    Option("anneal", switch, 0, "1: learning rate and entropy weight fall to 0 at --max-epoch too"),
     Option("adam_epsilon", positive, 1e-3, "epsilon of Adam in TensorFlow's form"),
     Option("center_filters", switch, 0, "1: convolutions see differences only, so that none dies"),
     Option("steps_per_epoch", count, 6000, "iterations per epoch"),
@@ -263,12 +255,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--network", choices=("ba3c", "a3c"), help="default: ba3c; a3c is small, for a CPU")
     add("--config", type=name, metavar="FILE", help="config.json of a run, to train the same")
     add("--track", action="store_true", help="show metrics in Weights & Biases (install wandb)")
-    add(
-        "--ranks",
-        type=rank_count,
-        metavar="N",
-        help="so many processes that train as one, on a CPU",
-    )
+    add("--ranks", type=rank_count, metavar="N", help="processes that train as one, on a CPU")
     add("--listen", metavar="ADDRESS", help="tcp://0.0.0.0:PORT, where simulators may join")
     add("--key", type=name, metavar="FILE", help="for them to join; is made if it is not there")
     for title, options in (("what changes learning", LEARNING), ("what changes speed", SPEED)):
@@ -476,15 +463,12 @@ def gpu_numbers(devices: list) -> str | None:
 
 def resumed_devices(count: int, gpu: str | None) -> list:
     """A device for each rank of a resumed run: those that it had, if this machine has them."""
-    import torch
-
     available = find_devices(None, None)
     if gpu is None or available[0].type == "cpu":
         return find_devices(None, count)
-    devices = [torch.device("cuda", int(number)) for number in gpu.split(",")]
-    if len(devices) == count and set(devices) <= set(available):
-        return devices
-    return available[:count]
+    by_number = {str(device.index): device for device in available}
+    devices = [by_number[number] for number in gpu.split(",") if number in by_number]
+    return devices if len(devices) == count else available[:count]
 
 
 def choose_devices(gpus: str | None, ranks: int | None, before: dict) -> tuple[list, list[str]]:
@@ -557,7 +541,7 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-class Ranks:
+class Ranks(contextlib.AbstractContextManager):
     """The ranks that train as one, as one of them sees them. Without others it is rank 0 of 1.
 
     Ranks meet in a store, where each leaves what it is, and later why it ended: torchrun's, or a
@@ -567,13 +551,14 @@ class Ranks:
 
     def __init__(self, device, same: dict, seed: int):
         """Connect the ranks. same: options that all of them must have; seed: that of rank 0."""
-        self.rank, self.count, self.store = in_environment("RANK", 0), 1, None
-        self.device, self.devices, self.seed = device, [str(device)], seed
-        self.waiting = False  # it has said that it waits
-        if "RANK" not in os.environ:
-            return
         from torch import cuda, distributed
 
+        self.rank, self.count, self.store = in_environment("RANK", 0), 1, distributed.HashStore()
+        self.device, self.devices, self.seed = device, [str(device)], seed
+        self.waiting = False  # it has said that it waits
+        self.prints = not in_environment("LOCAL_RANK", 0)  # what holds for all, on its machine
+        if "RANK" not in os.environ:
+            return
         try:
             self.count = self.world_size()
             self.store = self.find_store()
@@ -621,17 +606,14 @@ class Ranks:
         address, port = os.environ["MASTER_ADDR"], in_environment("MASTER_PORT", 1)
         if port > 65535:
             raise UserError(f"MASTER_PORT is {port} in the environment, which is no port", 2)
-        if self.rank == 0 and not of_torchrun:
-            return distributed.TCPStore(address, port, self.count, True, wait_for_workers=False)
-        begin = time.monotonic()
-        while True:  # torch would wait without a word, and deaf to Ctrl-C
+        serves, begin = self.rank == 0 and not of_torchrun, time.monotonic()
+        while not serves:  # torch would wait without a word, and deaf to Ctrl-C
             with contextlib.suppress(OSError):
                 socket.create_connection((address, port), timeout=2).close()
                 break
             self.log_waiting(begin, "rank 0")
             time.sleep(0.2)
-        wait = datetime.timedelta(seconds=JOIN_SECONDS)
-        return next(distributed.rendezvous("env://", timeout=wait))[0]
+        return distributed.TCPStore(address, port, self.count, serves, wait_for_workers=False)
 
     def log_waiting(self, begin: float, whom: str) -> None:
         """Say once for whom this rank waits; UserError after JOIN_SECONDS."""
@@ -642,11 +624,6 @@ class Ranks:
             self.waiting = True
         if waited > JOIN_SECONDS:
             raise self.cannot_join(f"waited {JOIN_SECONDS:.0f} seconds for {whom}")
-
-    @property
-    def prints(self) -> bool:
-        """Whether this rank tells the user what holds for all: one rank of each machine does."""
-        return in_environment("LOCAL_RANK", 0) == 0
 
     def gather(self, about: dict) -> list[dict]:
         """What each rank says of itself, in their order."""
@@ -668,30 +645,26 @@ class Ranks:
     @staticmethod
     def check_same(of_all: list[dict]) -> None:
         """UserError unless all ranks train the same, each on a GPU of its own or all on a CPU."""
+        gpus = [about["gpu"] for about in of_all]
         for rank, about in enumerate(of_all):
             for name, value in of_all[0]["same"].items():
                 other = about["same"].get(name)
                 if other != value:
                     text = f"rank 0 has {name} {value}, rank {rank} has {other}"
                     raise UserError(f"{text}: all ranks must train the same", 2)
-        gpus: dict[str, int] = {}
-        for rank, about in enumerate(of_all):
-            if (about["gpu"] is None) != (of_all[0]["gpu"] is None):
+            if (gpus[rank] is None) != (gpus[0] is None):
                 text = f"rank 0 is on {of_all[0]['device']}, rank {rank} on {about['device']}"
                 raise UserError(f"{text}: all ranks need a GPU, or none", 2)
-            if about["gpu"] in gpus:
-                text = f"ranks {gpus[about['gpu']]} and {rank} have the same one"
+            first = gpus.index(gpus[rank])
+            if gpus[rank] is not None and first != rank:
+                text = f"ranks {first} and {rank} have the same one"
                 raise UserError(f"each rank needs a GPU of its own, but {text}", 2)
-            if about["gpu"] is not None:
-                gpus[about["gpu"]] = rank
 
     def wait_for_evaluation(self, number: int, check: Callable[[], None]) -> None:
         """Let the other ranks wait until rank 0 is here; a collective would not wait so long.
 
         number: of the iterations so far; check: what a waiting rank looks after.
         """
-        if self.count == 1:
-            return
         from model import collective
 
         key = f"evaluated {number}"
@@ -713,18 +686,9 @@ class Ranks:
                     return {"rank": rank} | json.loads(self.store.get(key))
         return None
 
-    def report(self, error: BaseException) -> None:
-        """Tell the other ranks why this one ends."""
-        import model
-
-        weights_are_bad = isinstance(error, (FloatingPointError, model.DivergedError))
-        text = first_line(error) if is_sentence(error) else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(RuntimeError):
-            report_end(self.store, self.rank, text, getattr(error, "code", 1), weights_are_bad)
-
     def has_bad_weights(self) -> bool:
         """Whether another rank has ended because the weights are not good any more."""
-        other = self.report_of_another() if self.count > 1 else None
+        other = self.report_of_another()
         return other is not None and other["weights_are_bad"]
 
     def explain(self, error: Exception, signum: int | None = None) -> Exception:
@@ -736,14 +700,14 @@ class Ranks:
 
         import model
 
-        if self.count == 1:
-            return error
         lost = isinstance(error, (model.RanksError, distributed.DistError))
         stopped = getattr(error, "code", 1) > 128
         if not lost and not stopped:
-            self.report(error)
-            diverged = isinstance(error, model.DivergedError)
-            return UserError(f"{error}; nothing is saved") if diverged else error
+            text = first_line(error) if is_sentence(error) else f"{type(error).__name__}: {error}"
+            code, weights_are_bad = getattr(error, "code", 1), isinstance(error, FloatingPointError)
+            with contextlib.suppress(RuntimeError):
+                report_end(self.store, self.rank, text, code, weights_are_bad)
+            return error
         waits = self.prints and not stopped and not signum
         deadline = time.monotonic() + (REASON_SECONDS if waits else 0)
         while (other := self.report_of_another()) is None and time.monotonic() < deadline:
@@ -756,14 +720,11 @@ class Ranks:
             return UserError(f"stopped by {signal.Signals(signum).name}", 128 + signum)
         return UserError(f"rank {self.rank} lost the others: {error}")
 
-    def __enter__(self) -> "Ranks":
-        return self
-
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        if self.store is None:
-            return
         from torch import distributed
 
+        if not distributed.is_initialized():
+            return
         reason = self.explain(error) if isinstance(error, Exception) else error
         if error is None or self.device.type == "cpu":  # NCCL would wait for lost ranks
             distributed.destroy_process_group()  # otherwise gloo may abort this process at its end
@@ -827,12 +788,11 @@ def launch(ranks: int, arguments: list[str]) -> None:
     processes: list[subprocess.Popen] = []
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a rank can end in good order
     on_signals(lambda signum, frame: processes[0].send_signal(signum))
-    with contextlib.closing(common.PrivateDirectory()) as private:
-        directory = private.path
+    with contextlib.closing(common.PrivateDirectory()) as directory:
         environment = common.child_environment() | {
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
-            "BATCH_A3C_LAUNCHER": directory,
+            "BATCH_A3C_LAUNCHER": directory.path,
         }
         failed = 0
         try:
@@ -845,7 +805,7 @@ def launch(ranks: int, arguments: list[str]) -> None:
                     start_new_session=True,
                 )
                 processes.append(process)
-            store = distributed.FileStore(f"{directory}/ranks", ranks)
+            store = distributed.FileStore(f"{directory.path}/ranks", ranks)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             while processes[0].poll() is None and not failed:
                 time.sleep(0.1)
@@ -957,7 +917,6 @@ def locate_run(env_id: str, output: str | None, saved: dict) -> RunLocation:
     if not saved:
         return RunLocation(path, False, f"a new run in {path}")
     directory, file = os.path.split(saved["file"])
-    reason = None
     if file != "checkpoint.pt":
         reason = "a run is resumed only from its checkpoint.pt"
     elif output is not None and os.path.realpath(path) != os.path.realpath(directory):
@@ -965,14 +924,12 @@ def locate_run(env_id: str, output: str | None, saved: dict) -> RunLocation:
     else:
         try:
             check_directory(directory, saved)
+            return RunLocation(directory, True, f"the run is resumed in {directory}")
         except ValueError as error:
             reason = f"{directory} is not the directory of that run: {error}"
-    if reason is None:
-        return RunLocation(directory, True, f"the run is resumed in {directory}")
     sentence = f"a new run in {path} begins with what {saved['file']} holds ({reason})"
-    way = ""
-    if saved["file"] == os.path.join(path, "checkpoint.pt"):
-        way = f"{reason}; name another --output"
+    is_there = saved["file"] == os.path.join(path, "checkpoint.pt")
+    way = f"{reason}; name another --output" if is_there else ""
     return RunLocation(path, False, sentence, way)
 
 
@@ -1245,16 +1202,12 @@ class Run:
             if self.ranks.rank:  # its log goes nowhere
                 print(f"rank {self.ranks.rank}: {event}; training continues", file=sys.stderr)
 
-    def collect(self) -> None:
-        """Read the metrics of all iterations; FloatingPointError if one is not finite."""
-        self.metrics.collect(self.at.global_step)
-
     def means(self, first: int, since: float) -> dict[str, float | None]:
         """All metrics of the iterations from the `first` one of this epoch on, since a moment.
 
         Means, which are None where there was no iteration.
         """
-        self.collect()
+        self.metrics.collect(self.at.global_step)
         columns, rows = self.metrics.columns, np.array(self.metrics.rows[first:])
         means = dict.fromkeys(columns)
         if len(rows):
@@ -1278,7 +1231,7 @@ class Run:
         """
         import model
 
-        self.collect()
+        self.metrics.collect(self.at.global_step)
         self.at.elapsed_s = time.monotonic() - self.started_at
         if "config.json" in self.directory.unwritten:
             self.directory.write_json("config.json", self.config)
@@ -1298,7 +1251,7 @@ class Run:
 
 def train(run: Run, track: bool = False) -> None:
     """Train until the last epoch is done."""
-    from model import DivergedError, RanksError
+    from model import RanksError
     from predictor import Feed
 
     if run.at.epoch >= run.options.max_epoch and not run.at.due:
@@ -1318,7 +1271,7 @@ def train(run: Run, track: bool = False) -> None:
                 if not run.at.due:
                     train_epoch(run)
                 end_epoch(run)
-        except (FloatingPointError, DivergedError) as error:  # the last checkpoint is better
+        except FloatingPointError as error:  # the last checkpoint is better
             end_early(run, error, save=False)
         except RanksError as error:  # gloo fails before an update changes anything, NCCL later
             end_early(run, error, save=run.ranks.device.type == "cpu")
@@ -1422,7 +1375,7 @@ def after_iteration(run: Run) -> None:
     """Do what is due once in a while: read metrics, show them, save; end if something asks to."""
     now = time.monotonic()
     if run.ranks.device.type == "cpu" or len(run.metrics.unread) >= 50:  # reading waits for a GPU
-        run.collect()
+        run.metrics.collect(run.at.global_step)
     if now - run.metrics.shown_at >= LOG_SECONDS:
         show(run)
     # Ranks save what they have just compared.
@@ -1562,9 +1515,7 @@ def end_early(run: Run, error: Exception, save: bool) -> None:
     if isinstance(reason, UserError) and run.directory.unwritten:
         files = ", ".join(run.directory.unwritten)
         raise UserError(f"{reason}; not written: {files}", reason.code) from error
-    if reason is error:
-        raise error
-    raise reason from error
+    raise reason
 
 
 # Tasks
@@ -1671,8 +1622,6 @@ def plan_run(game: common.Game, given: dict, saved: dict) -> tuple:
     What is wrong with them is said here, before ranks wait for each other.
     """
     gpus, ranks = given.pop("gpu", None), given.pop("ranks", None)
-    if "key" in given:
-        given["key"] = os.path.abspath(given["key"])
     before = with_earlier_defaults(saved.get("options", {}))
     chosen = {"seed": secrets.randbits(32), "network": "ba3c"} | before | given
     devices, changes = choose_devices(gpus, ranks, before)
@@ -1767,7 +1716,7 @@ def task_play(given: dict) -> None:
     from predictor import VectorPlayers
 
     if "output" in given:
-        output = os.path.abspath(given["output"])  # wherever a game goes
+        output = given["output"]
         with common.output_directory(output):
             players = common.Recorder(
                 env_id, seed, lambda episode: os.path.join(output, f"episode{episode:06}.mp4")
@@ -1867,8 +1816,8 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # of a rank: its launcher blocked them
-        given = read_options(arguments)
         with common.directory_kept():
+            given = read_options(arguments)
             TASKS[given.pop("task")](given | {"arguments": arguments})
         return 0
     except SystemExit as error:  # of a signal, of the ranks, or of the parser, which has said why

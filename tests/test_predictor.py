@@ -335,11 +335,9 @@ def test_one_message_at_a_time(master):
 
 
 def test_what_a_simulator_sent_that_was_replaced_since_is_dropped(master):
-    master.arrived.append(master.parse([b"simulator-0", header(), PIXELS]))
     master.assign(b"simulator-9", 0)
-    master.arrived.append(master.parse([b"simulator-9", header(), PIXELS]))
-    assert [m.identity for m in master.receive(10, 0)] == [b"simulator-9"]
     assert master.parse([b"simulator-0", header(), PIXELS]) is None
+    assert master.parse([b"simulator-9", header(), PIXELS]) is not None
 
 
 def test_who_comes_back_to_a_run_that_listens_is_new(tmp_path, monkeypatch):
