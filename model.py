@@ -182,7 +182,8 @@ def loss_terms(logits: torch.Tensor, value: torch.Tensor, batch: Batch) -> torch
     Returns (6,): policy loss, cross entropy (negative entropy), value loss, importance, squared
     advantage, value. The advantage here is V(s) - R, so that its product with log pi(a|s) is to be
     minimized (Mnih et al. 2016, section 4); each product is weighted with the importance
-    pi(a|s) / mu(a|s), because the policy mu that chose the action is a few updates older.
+    pi(a|s) / mu(a|s), because the policy mu that chose the action is a few updates older. 1e-6,
+    1e-8 and the limit of 10 are those of the original, tensorpack's Batch-A3C example.
     """
     policy = F.softmax(logits, dim=1)
     log_probs = torch.log(policy + 1e-6)
@@ -287,10 +288,10 @@ class Learner:
     def update(self, batch: Batch, learning_rate: float, entropy_beta: float, extra=()):
         """Apply one synchronous update of all ranks; returns METRICS (8,) and `extra` behind them.
 
-        RanksError if that fails; with gloo nothing has changed then, for the ranks exchange their
-        gradients before anything else changes.
+        These are means over the ranks, on the learner's device. RanksError if the exchange of the
+        gradients fails; with gloo nothing has changed then.
 
-        Both are means over the ranks, on the learner's device. Adam is TensorFlow's:
+        Adam is TensorFlow's:
         w -= lr_t * m / (sqrt(v) + eps), lr_t = lr sqrt(1-b2^t) / (1-b1^t). torch divides sqrt(v) by
         sqrt(1 - b2^t) first, so its epsilon must be divided likewise.
         """
@@ -375,6 +376,7 @@ class Learner:
         """In parts, a thread each."""
         size = len(batch.actions)
         kind = self.network.kind if self.compute_network is self.network else "bfloat16"
+        # With many threads less than CPU_PART each, but no parts so small that threads cost more.
         part_size = min(CPU_PART[kind], max(8, -(-size // self.threads)))
         parts = batch.split(part_size)
         results = self.pool.map(lambda part: self.gradients_of(part, entropy_beta, size), parts)

@@ -30,16 +30,25 @@ import zmq
 from tqdm import tqdm
 
 import simulator
-from common import RANDOM_ACTIONS, Episode, UserError, count_cores, describe, signals_deferred
+from common import (
+    FRAME_SHAPE,
+    RANDOM_ACTIONS,
+    Episode,
+    UserError,
+    count_cores,
+    describe,
+    signals_deferred,
+)
 from model import FRAME_HISTORY, STATE_SHAPE, Batch, Learner, Network, captured, in_bfloat16
-from simulator import FRAME_BYTES, FRAME_SHAPE, HIGH_WATER_MARK, IS_OVER, LIFE_LOST, SimulatorPool
+from simulator import FRAME_BYTES, HIGH_WATER_MARK, IS_OVER, LIFE_LOST, SimulatorPool
 
 EVAL_PLAYERS = 16  # side by side in an evaluation
-LOG_SECONDS = 10  # from one line of progress to the next, where there is no terminal
+EVALUATION_LOG_SECONDS = 10  # from one line of progress to the next, where there is no terminal
 POLL_MS = 100  # how long a predictor waits for messages before it looks whether it should end
 MOST_MESSAGES = 1000  # that are received before some are answered
+HEADER_BYTES = 2**16  # of a message, at most
 REMOTE_SIMULATORS = 256  # most that may join a run that listens
-END_SECONDS = 2.0  # how long predictor threads have to end
+THREAD_END_SECONDS = 2.0  # how long predictor threads have to end
 SMALLEST_GRAPH = 8  # states; below, a prediction on a GPU takes no less time
 LAST_SCORES = 100  # training episodes in the mean score that is shown
 
@@ -92,7 +101,7 @@ class Master:
         frames: np.ndarray | None = None,
     ):
         self.address, self.players, self.is_open = address, players, key is not None
-        self.game, self.frames = game.encode(), frames
+        self.game, self.frames = f"{game} ".encode() if key else b"", frames
         self.sizes = [players * FRAME_BYTES] if frames is None else []  # of what follows a header
         self.num_places, self.num_players = simulators, simulators * players
         self.peers: dict[bytes, Peer] = {}  # by identity
@@ -101,7 +110,7 @@ class Master:
         self.dropped = 0  # messages that no simulator of this master can have sent
         self.socket = context.socket(zmq.ROUTER)
         self.socket.set_hwm(HIGH_WATER_MARK)  # before bind: later it would do nothing
-        self.socket.setsockopt(zmq.MAXMSGSIZE, players * FRAME_BYTES + 65536)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, players * FRAME_BYTES + HEADER_BYTES)
         self.socket.setsockopt(zmq.IPV6, int("[" in address))
         if key:
             self.socket.curve_server = True
@@ -131,7 +140,7 @@ class Master:
         return next(itertools.chain(vacant, silent), None)
 
     def receive(self, most: int, timeout_ms: int) -> list[Message]:
-        """The messages that have arrived, for up to `most` players, or one for more.
+        """The messages that have arrived, for up to `most` players, or one message of more.
 
         It waits for the first for `timeout_ms`; [] if none comes.
         """
@@ -287,8 +296,8 @@ class LocalPool(SimulatorPool):
 class Segment(NamedTuple):
     """Consecutive states of a player, oldest first, and what was done in them."""
 
-    frames: np.ndarray  # (m + 3, 84, 84, 3) uint8; state i is frames[i : i + 4]. Valid until the
-    # next message of the simulator.
+    frames: np.ndarray  # (m + 3, 84, 84, 3) uint8, a view: valid until the next `add_frames`.
+    # State i is frames[i : i + 4].
     actions: list[int]  # (m,)
     action_probs: list[float]  # (m,)
     future_rewards: list[float]  # (m,), the returns; the original calls them so
@@ -348,7 +357,7 @@ class Rollouts:
             if is_over and count:
                 yield self.segment(player, count, newer=0, next_value=0.0)
                 self.pending[player] = 0
-            elif count > self.local_time_max:  # the newest state has no reward yet
+            elif count > self.local_time_max:  # no state has followed the newest one yet
                 value = self.steps[-1].values[player]
                 yield self.segment(player, self.local_time_max, newer=1, next_value=value)
                 self.pending[player] = 1
@@ -635,9 +644,9 @@ class Feed:
         self.published = weights, version, ready  # one assignment: nobody sees half of it
 
     def replace_ended(self) -> list[str]:
-        """Replace simulators that have ended; returns what happened since the last time.
+        """As LocalPool.replace_ended, and raise what has to end the run.
 
-        Raises what has to end the run.
+        What else has happened since the last time is in the sentences, too.
         """
         if self.error is not None:
             raise self.error
@@ -659,7 +668,7 @@ class Feed:
     def close(self) -> None:
         """End threads and processes."""
         self.queue.close()
-        deadline = time.monotonic() + END_SECONDS
+        deadline = time.monotonic() + THREAD_END_SECONDS
         for predictor in self.predictors:
             predictor.join(max(0.0, deadline - time.monotonic()))
         hangs = any(predictor.is_alive() for predictor in self.predictors)
@@ -780,7 +789,7 @@ def score(
         seconds -= time.monotonic() - start
         for done in evaluate(players, policy_of(network), episodes, seed, seconds):
             bar.update(len(done) - bar.n)
-            if bar.disable and time.monotonic() - logged > LOG_SECONDS:
+            if bar.disable and time.monotonic() - logged > EVALUATION_LOG_SECONDS:
                 logged = time.monotonic()
                 log(f"{len(done)} of {episodes} episodes")
     return done

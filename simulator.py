@@ -229,7 +229,7 @@ class SimulatorError(UserError):
 
 @dataclasses.dataclass
 class Slot:
-    """A place for a simulator in a pool, and how those did that have had it."""
+    """What a pool knows of its simulator number i, which is another process after each start."""
 
     process: subprocess.Popen | None = None  # None: a simulator is to be started
     identity: str = ""

@@ -185,7 +185,8 @@ class Option(NamedTuple):
     help: str
 
 
-# Names and values are those of the original's constants; what it has not is off.
+# Names and values are those of the constants of the original, tensorpack's Batch-A3C example; what
+# it has not is off.
 LEARNING = (
     Option("batch_size", count, 128, "new states per iteration"),
     Option("local_time_max", count, 5, "steps of an n-step return"),
@@ -197,7 +198,7 @@ LEARNING = (
     Option("entropy_beta", schedule, "0.01,80:0.005", "VALUE,EPOCH:VALUE,..."),
     Option("anneal", switch, 0, "1: learning rate and entropy weight fall to 0 at --max-epoch too"),
     Option("adam_epsilon", positive, 1e-3, "epsilon of Adam in TensorFlow's form"),
-    Option("center_filters", switch, 0, "1: convolutions see differences only, so that none dies"),
+    Option("center_filters", switch, 0, "1: convolutions of a new network see differences only"),
     Option("steps_per_epoch", count, 6000, "iterations per epoch"),
     Option("max_epoch", count, 1000, "epochs until the run is done"),
     Option("eval_episode", count, 50, f"episodes of an evaluation, every {EVAL_EPOCH} epochs"),
@@ -291,6 +292,8 @@ def read_options(arguments: list[str] | None) -> dict:
         if given["task"] not in tasks_of(option):
             tasks = f"--task {listed(tasks_of(option))}"
             raise UserError(f"{flag(option)} is for {tasks}, not for --task {given['task']}", 2)
+    if "key" in given and "listen" not in given:
+        raise UserError("--key is for --listen ADDRESS", 2)
     if not given.keys() & {"env", "load", "config"}:
         raise UserError("--env is required, for example --env Breakout-v0", 2)
     return given
@@ -975,15 +978,15 @@ class RunDirectory:
 
         config.json              at the start
         log.log                  with every line that is shown
-        events.out.tfevents.*    every LOG_SECONDS, by TensorBoard
+        events.out.tfevents.*    every LOG_SECONDS and after an epoch, by TensorBoard
         checkpoint.pt, stats.json, model-latest.npz, model-mean.npz
-                                 every CHECKPOINT_SECONDS, before an evaluation, after an epoch,
-                                 and at the end
+                                 every CHECKPOINT_SECONDS (ranks: when they have compared their
+                                 weights), before an evaluation, after an epoch, and at the end
         model-best.npz           after an evaluation that is the best so far
     """
 
-    def __init__(self, place: RunLocation, log_file=None):
-        self.place, self.path, self.log_file = place, place.path, log_file
+    def __init__(self, location: RunLocation, log_file=None):
+        self.location, self.path, self.log_file = location, location.path, log_file
         self.unwritten: dict[str, OSError] = {}  # files that are out of date, and why
 
     def log(self, text: str) -> None:
@@ -1063,7 +1066,7 @@ class Progress:
     """How far a run is: a part of its checkpoint."""
 
     epoch: int = 0  # epochs done
-    global_step: int = 0  # iterations done
+    global_step: int = 0  # iterations done: updates, and so the version of the weights
     epoch_step: int = 0  # of this epoch
     starts: int = 0  # of this program
     best_score: float | None = None  # that of model-best.npz
@@ -1089,7 +1092,7 @@ class Run:
         if ranks.rank:
             options.listen = None
         # By this name files know that they are of the same run.
-        is_resumed = directory.place.is_resumed
+        is_resumed = directory.location.is_resumed
         self.run_id = (saved.get("run_id") if is_resumed else None) or secrets.token_hex(8)
         self.metrics = Metrics((*model.METRICS, "policy_lag", "policy_lag_max", "queue_size"))
         self.at, self.stats = Progress(), []  # stats: an object for each epoch done
@@ -1097,7 +1100,7 @@ class Run:
         self.started_at = self.saved_at = time.monotonic()
         self.feed = self.bar = None  # predictor.Feed and tqdm's bar, while it trains
         self.signum: int | None = None  # of the signal that ends the run
-        self.signalled = 0.0  # when it ends the run
+        self.ends_at = 0.0  # when it ends the run
         self.is_whole = True  # not in the middle of an update
         self.local_ranks = in_environment("LOCAL_WORLD_SIZE", 1)
         self.learner = model.Learner(
@@ -1188,13 +1191,13 @@ class Run:
         """
         if self.signum is None:
             later = RANK_END_SECONDS if self.ranks.rank else 0.0
-            self.signum, self.signalled = signum, time.monotonic() + later
-        elif time.monotonic() - self.signalled > SAME_SIGNAL_SECONDS:
+            self.signum, self.ends_at = signum, time.monotonic() + later
+        elif time.monotonic() - self.ends_at > SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 
     def supervise(self) -> None:
         """Replace simulators that have ended; raise what should end the run, if there is that."""
-        if self.signum is not None and time.monotonic() >= self.signalled:
+        if self.signum is not None and time.monotonic() >= self.ends_at:
             what = f"stopped by {signal.Signals(self.signum).name}"
             raise UserError(f"{what} in iteration {self.at.global_step}", 128 + self.signum)
         for event in self.feed.replace_ended():
@@ -1225,9 +1228,10 @@ class Run:
         }
 
     def save(self) -> None:
-        """Write stats.json, checkpoint.pt and the weights, if they are good.
+        """Write stats.json, checkpoint.pt and the weights.
 
-        A checkpoint is resumed only beside what else there is of its run: so it is not the first.
+        FloatingPointError, and nothing is written, if a metric is not finite. A checkpoint is
+        resumed only beside config.json and stats.json: so these are written before it.
         """
         import model
 
@@ -1568,8 +1572,6 @@ def task_train(given: dict) -> None:
     track = given.pop("track", False)
     if track and find_spec("wandb") is None:
         raise UserError("--track needs Weights & Biases: pip install wandb", 2)
-    if "key" in given and "listen" not in given:
-        raise UserError("--key is for --listen ADDRESS", 2)
     config = given.pop("config", None)
     if config is not None:
         given = read_config(config, given.get("env")) | given
@@ -1585,11 +1587,6 @@ def task_train(given: dict) -> None:
     game = describe(env_id)
     import torch
 
-    import model
-
-    if not 0 < game.num_actions < model.MAX_ACTIONS:
-        limit = f"not 1 to {model.MAX_ACTIONS - 1}"
-        raise UserError(f"{game.env_id} has {game.num_actions} actions, {limit}", 2)
     place = locate_run(game.env_id, output, saved)
     devices, chosen, options, changes = plan_run(game, given, saved)
     log_file = None
@@ -1621,6 +1618,11 @@ def plan_run(game: common.Game, given: dict, saved: dict) -> tuple:
 
     What is wrong with them is said here, before ranks wait for each other.
     """
+    from model import MAX_ACTIONS
+
+    if not 0 < game.num_actions < MAX_ACTIONS:
+        actions = f"{game.num_actions} actions, not 1 to {MAX_ACTIONS - 1}"
+        raise UserError(f"{game.env_id} has {actions}", 2)
     gpus, ranks = given.pop("gpu", None), given.pop("ranks", None)
     before = with_earlier_defaults(saved.get("options", {}))
     chosen = {"seed": secrets.randbits(32), "network": "ba3c"} | before | given

@@ -343,14 +343,15 @@ def test_what_a_simulator_sent_that_was_replaced_since_is_dropped(master):
 def test_who_comes_back_to_a_run_that_listens_is_new(tmp_path, monkeypatch):
     monkeypatch.setattr("simulator.HANG_SECONDS", 3.0)
     context = zmq.Context()
-    master = Master(context, f"ipc://{tmp_path}/0", 1, 2, [*zmq.curve_keypair()])
+    master = Master(context, f"ipc://{tmp_path}/0", 1, 2, [*zmq.curve_keypair()], "Pong-v1")
     seen = []
-    for identity in (b"a", b"b", b"a"):
+    assert master.parse([b"Pong-v10 a", header(), PIXELS]) is None  # it plays another game
+    for identity in (b"Pong-v1 a", b"Pong-v1 b", b"Pong-v1 a"):
         message = master.parse([identity, header(), PIXELS])
         seen.append(message.is_first)
         master.reply(message, [0, 0])
-        assert master.parse([b"c", header(), PIXELS]) is None  # no place
-        assert master.parse([b"", header(), PIXELS]) is None  # none that plays its game
+        assert master.parse([b"Pong-v1 c", header(), PIXELS]) is None  # no place
+        assert master.parse([b"", header(), PIXELS]) is None
         master.peers[identity].owes_since -= 4.0  # and the one there is silent
     assert seen == [True, True, True] and master.joined == 3
     master.socket.close()
