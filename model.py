@@ -313,6 +313,7 @@ class Learner:
         self.optimizer.step()
         for filters, mean in zip(self.centered, means, strict=True):
             filters += mean - filters.mean((2, 3), keepdim=True)
+        self.optimizer.zero_grad()  # gives their memory back before the next ones are computed
         with torch.no_grad():
             share = 1 / min(self.updates, self.mean_iterations)
             torch._foreach_lerp_(list(self.mean_network.parameters()), self.parameters, share)
