@@ -469,7 +469,10 @@ class Player(gymnasium.Wrapper):
         reward or the score is not finite.
         """
         self.screen, reward, terminated, truncated, info = self.env.step(action)
-        reward = float(np.asarray(reward).item())  # some games give an array of one
+        try:
+            reward = float(reward)
+        except TypeError:  # some games give an array of one
+            reward = float(np.asarray(reward).item())
         self.score += reward
         self.length += 1
         if not math.isfinite(reward) or not math.isfinite(self.score):
@@ -485,8 +488,11 @@ class Player(gymnasium.Wrapper):
 
 def lives_in(info) -> int | None:
     """The number of lives that a game says are left, or None if it says nothing of them."""
-    with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
-        return int(np.asarray(info["lives"]).item())
+    lives = info.get("lives") if isinstance(info, dict) else None
+    if lives is None or isinstance(lives, int):
+        return lives
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return int(np.asarray(lives).item())
     return None
 
 
