@@ -103,6 +103,32 @@ def on_signals(handler: Callable, signals: Sequence[int] = SIGNALS) -> None:
             signal.signal(signum, handler)
 
 
+def end_forks_on_signals() -> None:
+    """Let what a game forks, as multiprocessing does, end on SIGTERM and SIGHUP.
+
+    With handlers of this program it might not. Signals wait from before the fork until the child
+    has none: one in between would be lost, and whoever ends the child would wait for ever.
+    """
+    before = threading.local()
+
+    def block() -> None:
+        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS[1:])
+
+    def restore() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before.mask)
+
+    def restore_in_child() -> None:
+        for signum in SIGNALS[1:]:
+            if callable(signal.getsignal(signum)):
+                signal.signal(signum, signal.SIG_DFL)
+        restore()
+
+    os.register_at_fork(before=block, after_in_parent=restore, after_in_child=restore_in_child)
+
+
+end_forks_on_signals()
+
+
 def raise_stopped(signum: int, frame) -> None:
     """Handle a signal that ends this program."""
     raise Stopped(128 + signum)
@@ -440,6 +466,7 @@ class Player(gymnasium.Wrapper):
         super().__init__(env)
         self.observation_space = gymnasium.spaces.Box(0, 255, FRAME_SHAPE, np.uint8)
         self.max_steps = MAX_EPISODE_STEPS if is_originals(env) else math.inf
+        self.name = env.spec.id if env.spec else "the game"
         self.num_actions = int(env.action_space.n)
         self.start_actions = start_actions(env)
         self.score = 0.0  # of this episode, as the game counts it
@@ -452,6 +479,7 @@ class Player(gymnasium.Wrapper):
         """Start an episode; returns its first frame and what the game says beside it.
 
         Some games wait for FIRE: see `start_actions`. The rewards of these actions are dropped.
+        UserError if the frame is not RGB in uint8.
         """
         self.score, self.length, self.life_lost = 0.0, 0, False
         self.screen, info = self.env.reset(seed=seed, options=options)
@@ -460,6 +488,11 @@ class Player(gymnasium.Wrapper):
             if terminated or truncated:
                 self.screen, info = self.env.reset()
         self.lives = lives_in(info)
+        frame = np.asarray(self.screen)
+        if frame.dtype not in (np.uint8, bool) or frame.ndim != 3 or frame.shape[2] != 3:
+            kind = f"{frame.dtype} {frame.shape}"
+            text = f"{self.name}: a frame is {kind}, not uint8 (height, width, 3)"
+            raise UserError(text, PERMANENT_FAILURE)
         return cv2.resize(self.screen, IMAGE_SIZE), info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -476,9 +509,8 @@ class Player(gymnasium.Wrapper):
         self.score += reward
         self.length += 1
         if not math.isfinite(reward) or not math.isfinite(self.score):
-            game = self.env.spec.id if self.env.spec else "the game"
             place = f"in step {self.length} of an episode"
-            raise UserError(f"{game}: the reward is {reward} {place}", PERMANENT_FAILURE)
+            raise UserError(f"{self.name}: the reward is {reward} {place}", PERMANENT_FAILURE)
         lives = lives_in(info)
         self.life_lost = lives is not None and self.lives is not None and lives < self.lives
         self.lives = lives

@@ -9,9 +9,11 @@ import contextlib
 import copy
 import functools
 import io
+import os
 import re
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -571,6 +573,8 @@ def load(path: str) -> tuple[Network, dict]:
     """
     try:
         if not path.endswith(".pt"):
+            if os.path.isfile(path) and not zipfile.is_zipfile(path):
+                raise ValueError("it is no .npz, or not a whole one")
             with np.load(path, allow_pickle=False) as archive:
                 if not any(name.endswith("/data.pkl") for name in archive.files):
                     return read_weights(archive), {}

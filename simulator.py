@@ -460,9 +460,11 @@ def split_address(address: str) -> tuple[str, int]:
     try:
         parts = urllib.parse.urlsplit(address)
         host, port = parts.hostname, parts.port
+        (host or "").encode("idna")  # as a look-up does
     except ValueError:
         host = port = None
-    if not host or not port or parts.scheme != "tcp":
+    more = host and (parts.path or parts.query or parts.fragment or "@" in parts.netloc)
+    if not host or not port or more or parts.scheme != "tcp":
         raise UserError(f"{address} is no address: give tcp://HOST:PORT", 2)
     return host, port
 

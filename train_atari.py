@@ -365,7 +365,7 @@ def refuse(o: argparse.Namespace, ranks: int) -> None:
     """UserError unless the options of a rank fit each other and this machine."""
     players = o.simulator_proc * o.players_per_simulator
     size, threads = o.predict_batch_size, o.predictor_thread_per_gpu
-    if o.listen:
+    if o.listen is not None:
         split_address(o.listen)
         if not o.key:
             raise UserError("--listen needs --key FILE, which simulators need to join", 2)
@@ -616,7 +616,10 @@ class Ranks(contextlib.AbstractContextManager):
                 break
             self.log_waiting(begin, "rank 0")
             time.sleep(0.2)
-        return distributed.TCPStore(address, port, self.count, serves, wait_for_workers=False)
+        store = distributed.TCPStore(address, port, self.count, serves, wait_for_workers=False)
+        # torchrun's store outlives a restart, and holds what the ranks said before it.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return distributed.PrefixStore(f"attempt {attempt}", store)
 
     def log_waiting(self, begin: float, whom: str) -> None:
         """Say once for whom this rank waits; UserError after JOIN_SECONDS."""
@@ -737,6 +740,13 @@ class Ranks(contextlib.AbstractContextManager):
             raise reason from error
 
 
+def end_rank() -> None:
+    """End this rank as SIGTERM does, even while it waits for another and cannot hear signals."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAUNCH_END_SECONDS)
+    os._exit(128 + signal.SIGTERM)
+
+
 def join_ranks(devices: list, same: dict, seed: int) -> Ranks:
     """Connect this rank with the others, if there are any."""
     local = in_environment("LOCAL_RANK", 0)
@@ -746,8 +756,8 @@ def join_ranks(devices: list, same: dict, seed: int) -> Ranks:
 
         torch.cuda.set_device(device)
     if "BATCH_A3C_LAUNCHER" in os.environ:
-        end_this = (os.kill, os.getpid(), signal.SIGTERM)
-        threading.Thread(target=common.end_with_parent, args=end_this, daemon=True).start()
+        end = threading.Thread(target=common.end_with_parent, args=(end_rank,), daemon=True)
+        end.start()
     try:
         return Ranks(device, same, seed)
     except UserError as error:
@@ -784,13 +794,23 @@ def how_it_ended(code: int) -> str:
 def launch(ranks: int, arguments: list[str]) -> None:
     """Run this program with these arguments as so many ranks; end with the first that ends.
 
-    Signals go to rank 0, which saves, and says what there is to say.
+    Signals go to rank 0, which saves, and says what there is to say. After a second one it has
+    LAUNCH_END_SECONDS: while it waits for another rank it cannot hear them.
     """
     from torch import distributed
 
     processes: list[subprocess.Popen] = []
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a rank can end in good order
-    on_signals(lambda signum, frame: processes[0].send_signal(signum))
+    received: list[tuple[float, int]] = []  # when, and which
+
+    def forward(signum: int, frame) -> None:
+        received.append((time.monotonic(), signum))
+        processes[0].send_signal(signum)
+
+    def ends_at_once() -> bool:
+        return bool(received) and received[-1][0] - received[0][0] > SAME_SIGNAL_SECONDS
+
+    on_signals(forward)
     with contextlib.closing(common.PrivateDirectory()) as directory:
         environment = common.child_environment() | {
             "WORLD_SIZE": str(ranks),
@@ -810,7 +830,7 @@ def launch(ranks: int, arguments: list[str]) -> None:
                 processes.append(process)
             store = distributed.FileStore(f"{directory.path}/ranks", ranks)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            while processes[0].poll() is None and not failed:
+            while processes[0].poll() is None and not failed and not ends_at_once():
                 time.sleep(0.1)
                 failed = next((r for r, process in enumerate(processes) if process.poll()), 0)
             failed = failed if processes[0].poll() is None else 0
@@ -822,6 +842,8 @@ def launch(ranks: int, arguments: list[str]) -> None:
         finally:
             common.end_processes(processes, LAUNCH_END_SECONDS)
     code = processes[0].returncode
+    if code == -signal.SIGKILL and ends_at_once():
+        raise UserError("rank 0 was held up by another rank, and was killed", 128 + received[0][1])
     silent = code in (128 + signal.SIGTERM, -signal.SIGKILL)  # it was ended before it could speak
     last = failed if failed and silent else 0
     code = processes[last].returncode
@@ -1131,6 +1153,8 @@ class Run:
         self.at, self.stats = Progress(**saved["at"]), saved["stats"]
         if not os.path.exists(os.path.join(self.directory.path, "model-best.npz")):
             self.at.best_score = None
+        if saved["options"].get("eval_episode") != self.chosen.get("eval_episode"):
+            self.at.needed_s = 0.0  # that was for another number of episodes
         done = f"{self.at.global_step} iterations, {self.at.epoch} epochs"
         what = f"weights, optimizer, {done}, best score {self.at.best_score}"
         self.log(f"restored {saved['file']}: {what}")
@@ -1230,12 +1254,17 @@ class Run:
     def save(self) -> None:
         """Write stats.json, checkpoint.pt and the weights.
 
-        FloatingPointError, and nothing is written, if a metric is not finite. A checkpoint is
-        resumed only beside config.json and stats.json: so these are written before it.
+        FloatingPointError, and nothing is written, if a metric or a weight is not finite. A
+        checkpoint is resumed only beside config.json and stats.json: these are written before it.
         """
         import model
 
         self.metrics.collect(self.at.global_step)
+        for name, weight in self.learner.network.named_parameters():
+            if not weight.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is not finite after iteration {self.at.global_step}"
+                )
         self.at.elapsed_s = time.monotonic() - self.started_at
         if "config.json" in self.directory.unwritten:
             self.directory.write_json("config.json", self.config)
@@ -1293,7 +1322,10 @@ def start_writer(run: Run, track: bool, stack: contextlib.ExitStack) -> None:
         start_tracking(run, stack)
     from torch.utils.tensorboard import SummaryWriter  # after wandb.init, which replaces a part
 
-    run.metrics.writer = SummaryWriter(run.directory.path, purge_step=run.at.global_step + 1)
+    try:
+        run.metrics.writer = SummaryWriter(run.directory.path, purge_step=run.at.global_step + 1)
+    except OSError as error:  # a full disk
+        run.log(f"warning: nothing goes to TensorBoard: {error.strerror}; training continues")
     stack.enter_context(contextlib.closing(run.metrics))
 
 
@@ -1537,18 +1569,26 @@ def game_of_file(path: str) -> str | None:
     return max(games, key=len, default=None)
 
 
+def modified_at(path: str) -> int | None:
+    """When a file was written, in ns; None if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.stat(path).st_mtime_ns
+    return None
+
+
 def load_for(env_id: str | None, path: str) -> tuple:
     """Game, network, and checkpoint ({} for an .npz) out of a file, which must fit the game."""
     game = describe(env_id) if env_id else None
     import model
 
+    modified = modified_at(path)
     network, saved = model.load(path)
     if saved:
         try:
             check_run(saved)
         except ValueError as error:
             raise UserError(f"{path} is not usable: {error}") from error
-        saved["file"] = os.path.abspath(path)
+        saved["file"], saved["modified"] = os.path.abspath(path), modified
         if game is None:
             refuse_module(path, saved["env"])
             game = describe(saved["env"])
@@ -1592,6 +1632,8 @@ def task_train(given: dict) -> None:
     log_file = None
     if not in_environment("RANK", 0):
         log_file = open_run(place.path, place.is_resumed, place.way)
+        if place.is_resumed and saved["modified"] != modified_at(saved["file"]):
+            raise UserError(f"{saved['file']} was written anew meanwhile: start again")
     if len(devices) > 1 and "RANK" not in os.environ:
         log_file.close()  # rank 0 opens it again
         return launch(len(devices), arguments)

@@ -29,6 +29,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -163,6 +164,15 @@ def read_epochs(run: Run) -> list[dict]:
 # Running train_atari.py
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print; nothing ends because nobody reads any more, as after Ctrl-C with `| tee`."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # for what is still in its buffer
+
+
 def run_programs(
     commands: dict[str, list[str]], logs: Path, jobs: int, progress: Callable[[str], None]
 ) -> dict[str, int]:
@@ -180,7 +190,7 @@ def run_programs(
         while working or (waiting and not signals):
             while waiting and len(working) < jobs and not signals:
                 name = waiting.pop(0)
-                print(f"{name}: train_atari.py {shlex.join(commands[name])}", flush=True)
+                say(f"{name}: train_atari.py {shlex.join(commands[name])}")
                 command = [sys.executable, str(ROOT / "train_atari.py"), *commands[name]]
                 # A group of its own: Ctrl-C reaches this program alone, which passes it on once.
                 with open(logs / f"{name}.log", "wb") as log:
@@ -198,10 +208,12 @@ def run_programs(
                     if codes[name] and not signals:
                         text = (logs / f"{name}.log").read_text(errors="replace").strip()
                         reason = text.rpartition("\n")[2]
-                        print(f"{name}: exit code {codes[name]}: {reason}", flush=True)
+                        say(f"{name}: exit code {codes[name]}: {reason}")
     finally:
-        for process in working.values():  # an error has ended the loop
-            os.killpg(process.pid, signal.SIGKILL)
+        for process in working.values():  # an error has ended the loop: they save
+            os.killpg(process.pid, signal.SIGTERM)
+        for process in working.values():
+            process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
     if signals:
@@ -228,7 +240,7 @@ def train(recipe: Recipe, a: argparse.Namespace) -> None:
             shown[name] = changed
             for epoch in read_epochs(runs[name])[-1:]:
                 score, last = epoch.get("train_score"), runs[name].epochs
-                print(f"{name}: epoch {epoch['epoch_num']} of {last}, score {score}", flush=True)
+                say(f"{name}: epoch {epoch['epoch_num']} of {last}, score {score}")
 
     codes = run_programs(commands, a.runs, a.jobs, progress)
     for name, code in codes.items():
@@ -246,7 +258,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file makes of its reader
         raise ZooError(f"{path} is not a usable file of weights: {error}") from error
 
 
@@ -600,7 +612,7 @@ def main() -> int:
         else:
             {"shrink": shrink, "plot": plot, "table": table}[a.command](a)
     except (ZooError, OSError) as error:
-        print(f"zoo.py: {error}", file=sys.stderr)
+        say(f"zoo.py: {error}", sys.stderr)
         return getattr(error, "code", 1)
     except KeyboardInterrupt:
         print("zoo.py: interrupted", file=sys.stderr)

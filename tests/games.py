@@ -1,6 +1,7 @@
 """Small RGB games for tests, used as `--env tests.games:Catch-v0`."""
 
 import ctypes
+import multiprocessing
 import os
 import queue
 import random
@@ -277,6 +278,27 @@ class NotFinite(Steady):
         return float(os.environ.get("REWARD", "nan")) if self.steps == 5 else 1.0
 
 
+class OtherFrames(Steady):
+    """Its frames are of the type that the environment says, and in grey if it says so."""
+
+    def draw(self):
+        frame = super().draw().astype(os.environ["FRAME_TYPE"])
+        return frame[..., 0] if "GREY" in os.environ else frame
+
+
+class Forks(Steady):
+    """Forks a worker, which it ends when it is closed."""
+
+    def __init__(self):
+        fork = multiprocessing.get_context("fork")
+        self.worker = fork.Process(target=time.sleep, args=(60,), daemon=True)
+        self.worker.start()
+
+    def close(self):
+        self.worker.terminate()
+        self.worker.join()
+
+
 class SlowReset(Steady):
     """A reset takes half a second; all players end together."""
 
@@ -405,7 +427,7 @@ def breakout_reordered(**how):
 
 GAMES = (Catch, Chatty, Crash, NoStart, Stuck, Windowed, Recorded, Count, WithThread, WithProcess)
 GAMES += (OwnLuck, GlobalLuck, OnePerProcess, NotFinite, SlowReset, Noisy, Doomed, StuckInC, Rich)
-GAMES += (BrokenInC, TellsSeeds, OwnSignals, Exits, ArrayReward, Lives)
+GAMES += (BrokenInC, TellsSeeds, OwnSignals, Exits, ArrayReward, Lives, OtherFrames, Forks)
 for game in GAMES:
     gymnasium.register(f"{game.__name__}-v0", game)
 gymnasium.register("Slow-v0", Slow, max_episode_steps=6)

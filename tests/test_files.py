@@ -240,6 +240,54 @@ def test_what_ends_the_run_is_not_taken_for_the_end_of_an_evaluation(training, m
         train_atari.evaluate(training)
 
 
+def test_other_episodes_are_evaluated_at_once(training, tmp_path):
+    training.chosen["eval_episode"], training.at.needed_s = 100, 1e6
+    training.save()
+    training.directory.log_file.close()
+    _, _, saved = load_for(GAME, str(tmp_path / "run" / "checkpoint.pt"))
+    assert make_training(tmp_path / "run", saved).at.needed_s == 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(training, tmp_path):
+    training.save()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with torch.no_grad():
+        training.learner.network.fc_v.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"fc_v\.bias is not finite after iteration"):
+        training.save()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_run_without_room_for_tensorboard_is_a_run(training, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+    monkeypatch.setattr("threading.excepthook", None)
+    with contextlib.ExitStack() as stack:
+        train_atari.start_writer(training, False, stack)
+        training.metrics.add_scalars({"cost": 1.0}, 1)
+    said = (tmp_path / "run" / "log.log").read_text()
+    assert "nothing goes to TensorBoard: No space left on device; training continues" in said
+
+
+def test_a_run_that_was_saved_while_another_started_is_not_resumed_from_before(
+    training, monkeypatch, tmp_path, capsys
+):
+    training.save()
+    training.directory.log_file.close()
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = path.read_bytes()
+    monkeypatch.setattr(model, "load", lambda p, load=model.load: (load(p), rewrite())[0])
+
+    def rewrite():
+        os.utime(path, ns=(1, 1))
+
+    assert main([*CATCH, "--load", str(path), "--max-epoch", "1"]) == 1
+    assert f"{path} was written anew meanwhile: start again" in sentence_of(capsys)
+    assert path.read_bytes() == content
+
+
 def test_the_seed_of_an_evaluation_is_one_that_simulators_take(training, monkeypatch):
     seeds = []
     training.options.seed, training.at.epoch = 2**32 - 1, 3

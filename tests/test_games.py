@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -231,6 +232,33 @@ def test_a_reward_that_is_not_finite_is_named_at_once_in_every_task(tmp_path, we
         assert done.returncode in (1, 2), task
         assert f"NotFinite-v0: the reward is {reward} in step 5" in done.stderr, task
         assert done.stderr.count("\n") == 1 and not re.search(r"mean +nan", done.stdout)
+
+
+@pytest.mark.parametrize(
+    "how, text",
+    [
+        ({"FRAME_TYPE": "float64"}, "a frame is float64 (84, 84, 3), not uint8"),
+        ({"FRAME_TYPE": "uint8", "GREY": "1"}, "a frame is uint8 (84, 84), not uint8 (height"),
+    ],
+)
+def test_frames_that_are_not_what_a_game_declares_are_named(tmp_path, weights, how, text):
+    game = ("--env", "tests.games:OtherFrames-v0")
+    for task in (
+        (*TINY, "--output", tmp_path / "run"),
+        ("--task", "play", "--load", weights, "--episode", 1, "--output", tmp_path / "play"),
+        ("--task", "gen_submit", "--load", weights, "--output", tmp_path / "submission"),
+    ):
+        done = run(*game, *task, **how)
+        assert done.returncode in (1, 2), task
+        assert f"OtherFrames-v0: {text}" in done.stderr and done.stderr.count("\n") == 1, task
+
+
+def test_a_game_that_forks_can_end_what_it_forked():
+    """multiprocessing's terminate comes before the child has done anything."""
+    code = "import common; common.on_signals(common.raise_stopped, common.SIGNALS[1:])\n"
+    code += "for _ in range(40): common.make_env('tests.games:Forks-v0').close()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    assert done.returncode == 0
 
 
 def test_a_game_neither_takes_signals_nor_the_directory(tmp_path, weights):

@@ -193,6 +193,60 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
         process.communicate()
 
 
+def test_a_second_signal_ends_ranks_of_which_one_is_held_up(tmp_path):
+    path = tmp_path / "run"
+    program = talking(*CATCH, *FINE, "--ranks", 2, "--output", path)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(program, cwd=ROOT, **streams)
+    try:
+        while not re.search(r"epoch 1 \d+/6000", process.stdout.readline()):
+            assert process.poll() is None
+        ranks = [pid for pid in processes(path) if pid != process.pid]
+        (held_up,) = (p for p in ranks if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+        os.kill(held_up, signal.SIGSTOP)
+        time.sleep(1)  # rank 0 waits for its gradients
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(1)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130 and gone(ranks)
+        assert errors.splitlines()[-1].endswith(
+            "rank 0 was held up by another rank, and was killed"
+        )
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_torchrun_may_start_the_ranks_again(runs, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(runs[0], path)
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    program += ["--nproc-per-node", "2", "--max-restarts", "1"]
+    program += talking(*CATCH, "--load", path / "checkpoint.pt", "--max-epoch", 1000)[1:]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(program, cwd=ROOT, **streams)
+    try:
+        for attempt in range(2):
+            line = ""
+            while not re.search(r"epoch \d+ is done", line):
+                line = process.stdout.readline()
+                assert line
+            ranks = [pid for pid in processes(path) if pid != process.pid]
+            if attempt == 0:
+                by_rank = {
+                    Path(f"/proc/{p}/environ").read_bytes().count(b"\0RANK=1\0"): p for p in ranks
+                }
+                os.kill(by_rank[1], signal.SIGKILL)
+                assert gone(ranks, 30)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert gone(ranks, 10)
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize("seconds", [0.7, 2, 4])
 def test_an_interrupt_while_ranks_start(tmp_path, seconds):
     """Also while one of them waits for the other, which nothing but a signal ends."""

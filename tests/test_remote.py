@@ -108,6 +108,8 @@ def test_simulators_outlive_the_run_and_join_the_next(tmp_path):
         (("--listen", "tcp://127.0.0.1:5555", "--key", str(ROOT / "README.md")), "holds no key"),
         (("--listen", "tcp://192.0.2.1:5555", "--key", "key"), "cannot listen on tcp://192.0.2.1"),
         (("--listen", "nonsense", "--key", "key"), "nonsense is no address"),
+        (("--listen", "", "--key", "key"), " is no address"),
+        (("--listen", "tcp://127.0.0.1:5/x", "--key", "key"), "127.0.0.1:5/x is no address"),
         (("--listen", "tcp://127.0.0.1:99999", "--key", "key"), "99999 is no address"),
     ],
 )
@@ -134,6 +136,8 @@ def test_a_simulator_without_a_key_does_not_start(tmp_path):
         (("--connect", "tcp://:5555"), "tcp://:5555 is no address"),
         (("--connect", "tcp://127.0.0.1"), "tcp://127.0.0.1 is no address"),
         (("--connect", "tcp://127.0.0.1:99999"), "tcp://127.0.0.1:99999 is no address"),
+        (("--connect", "tcp://[::1]:5/x"), "tcp://[::1]:5/x is no address"),
+        (("--connect", f"tcp://{70 * 'a'}.de:5"), "aaa.de:5 is no address"),
         (("--connect", "udp://127.0.0.1:5"), "udp://127.0.0.1:5 is no address"),
         (("--connect", "tcp://127.0.0.1:1", "--players", "0"), "--players: invalid count"),
         (("--connect", "tcp://127.0.0.1:1", "--seed", "-1"), "--seed: invalid whole"),

@@ -142,8 +142,12 @@ def test_float16_is_shipped_where_it_scores_as_well(tmp_path):
     assert zoo("shrink", "--models", models, "--runs", tmp_path / "runs") == ""
 
 
-def test_what_was_interrupted_is_resumed(tmp_path):
-    """Ctrl-C stops the runs, which save, leaves no process, and the same command goes on."""
+@pytest.mark.parametrize("reader", ["stays", "ends"])
+def test_what_was_interrupted_is_resumed(tmp_path, reader):
+    """Ctrl-C stops the runs, which save, leaves no process, and the same command goes on.
+
+    Also where it ends the reader of what is printed, as in `| tee`.
+    """
     text = RECIPE.replace("states = 480", "states = 16_000").replace("states = 320", "states = 160")
     models, runs = write_recipe(tmp_path / "models", text), tmp_path / "runs"
     places = ("--models", models, "--runs", runs, "--jobs", 2)
@@ -152,9 +156,15 @@ def test_what_was_interrupted_is_resumed(tmp_path):
     process = subprocess.Popen(command, **how)
     lines = iter(process.stdout.readline, "")
     assert any("Catch-v0: epoch" in line for line in lines)
+    if reader == "ends":
+        process.stdout.close()
+        time.sleep(2)  # it says more
     process.send_signal(signal.SIGINT)
-    assert "stopped" in process.communicate(timeout=120)[0]
-    assert process.returncode == 130
+    assert reader == "ends" or "stopped" in process.stdout.read()
+    assert process.wait(120) == 130
+    assert (
+        not list(runs.glob("*/.*")) and "stopped by SIGTERM" in (runs / "Catch-v0.log").read_text()
+    )
     until = time.monotonic() + 10  # simulators end after their master
     while children_of(tmp_path) and time.monotonic() < until:
         time.sleep(0.1)
@@ -212,6 +222,10 @@ def test_other_bad_input_is_one_sentence(tmp_path):
     assert "has no marker" in zoo("table", "--readme", readme, code=1)
     readme.write_text("<!-- table: prices -->\n<!-- end -->\n")
     assert "there is no table prices" in zoo("table", "--readme", readme, code=1)
+    shutil.copy(MODELS / "Pong-v0.results.json", models / "x.results.json")
+    for content in (b"", b"<html>", (MODELS / "Pong-v0.npz").read_bytes()[:9999]):
+        (models / "x.npz").write_bytes(content)
+        assert "x.npz is not a usable file of weights" in zoo("shrink", *places, code=1)
     (models / "x.results.json").write_text('{"mean_reward": 1}')
     (models / "scores.toml").write_text("")
     readme.write_text(README)
