@@ -743,7 +743,7 @@ class Ranks(contextlib.AbstractContextManager):
 def end_rank() -> None:
     """End this rank as SIGTERM does, even while it waits for another and cannot hear signals."""
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(LAUNCH_END_SECONDS)
+    time.sleep(LAUNCH_END_SECONDS + 2)  # where `launch` still runs, it has killed this rank by then
     os._exit(128 + signal.SIGTERM)
 
 
