@@ -791,6 +791,24 @@ def how_it_ended(code: int) -> str:
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
+def start_rank(rank: int, ranks: int, directory: str, arguments: list[str]) -> subprocess.Popen:
+    """Start this program with these arguments as one of so many ranks; see `launch`."""
+    environment = common.child_environment() | {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "BATCH_A3C_LAUNCHER": directory,
+    }
+    return subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__), *arguments],
+        env=environment,
+        stdin=subprocess.PIPE,  # it closes when the launcher ends
+        stdout=subprocess.DEVNULL if rank else None,
+        start_new_session=True,
+    )
+
+
 def launch(ranks: int, arguments: list[str]) -> None:
     """Run this program with these arguments as so many ranks; end with the first that ends.
 
@@ -812,22 +830,10 @@ def launch(ranks: int, arguments: list[str]) -> None:
 
     on_signals(forward)
     with contextlib.closing(common.PrivateDirectory()) as directory:
-        environment = common.child_environment() | {
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "BATCH_A3C_LAUNCHER": directory.path,
-        }
         failed = 0
         try:
             for rank in range(ranks):
-                process = subprocess.Popen(
-                    [sys.executable, os.path.abspath(__file__), *arguments],
-                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdin=subprocess.PIPE,  # it closes when this process ends
-                    stdout=subprocess.DEVNULL if rank else None,
-                    start_new_session=True,
-                )
-                processes.append(process)
+                processes.append(start_rank(rank, ranks, directory.path, arguments))
             store = distributed.FileStore(f"{directory.path}/ranks", ranks)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             while processes[0].poll() is None and not failed and not ends_at_once():
