@@ -336,10 +336,10 @@ class Learner:
             tensor.copy_(part.view(tensor.shape))
 
     def check_ranks(self) -> None:
-        """Raise DivergedError if the ranks do not hold the same weights, to the bit."""
+        """Raise DivergedError if a checksum of the weights differs between the ranks."""
         flat = torch.cat([parameter.detach().reshape(-1) for parameter in self.parameters])
         words = flat.view(torch.int32).long()
-        sums = torch.stack((words.sum(), -words.sum()))
+        sums = torch.stack((words.sum(), -words.sum()))  # max(s) + max(-s) is 0 if all are the same
         with collective():
             distributed.all_reduce(sums, distributed.ReduceOp.MAX)
         if sums.sum() != 0:

@@ -140,7 +140,7 @@ class Master:
         return next(itertools.chain(vacant, silent), None)
 
     def receive(self, most: int, timeout_ms: int) -> list[Message]:
-        """The messages that have arrived, for up to `most` players, or one message of more.
+        """Messages that have arrived, of `most` players together, but at least one message.
 
         It waits for the first for `timeout_ms`; [] if none comes.
         """
@@ -357,13 +357,16 @@ class Rollouts:
             if is_over and count:
                 yield self.segment(player, count, newer=0, next_value=0.0)
                 self.pending[player] = 0
-            elif count > self.local_time_max:  # no state has followed the newest one yet
+            elif count > self.local_time_max:  # the newest state stays: its value ends the returns
                 value = self.steps[-1].values[player]
                 yield self.segment(player, self.local_time_max, newer=1, next_value=value)
                 self.pending[player] = 1
 
     def segment(self, player: int, count: int, newer: int, next_value: float) -> Segment:
-        """`count` states with their returns; `newer` ones follow them, worth `next_value`."""
+        """The `count` states before the `newer` newest ones, with their returns.
+
+        next_value: of the state that follows them, 0 where the episode is over.
+        """
         actions, action_probs, returns, versions = [], [], [], []
         next_return = next_value
         for age in range(newer, newer + count):  # from the newest to the oldest
@@ -730,15 +733,19 @@ def greedy_actions(policy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.where(random, rng.integers(policy.shape[1], size=len(policy)), policy.argmax(axis=1))
 
 
-def evaluate(players, policy_of: Callable, episodes: int, seed: int, seconds: float) -> Iterator:
-    """Play exactly `episodes` episodes side by side; every one that starts counts.
+def play_episodes(
+    players, policy: Callable, episodes: int, seed: int, seconds: float
+) -> Iterator[list[Episode]]:
+    """Play exactly `episodes` episodes side by side.
+
+    Every episode that starts counts, or short ones would be favoured.
 
     Yields the list of those that are done, after every step. All players step together, so that the
     network sees the same batches again and one seed gives the same scores. After so many seconds no
     more episodes start, and those under way are cut short and count as they are.
 
     players: VectorPlayers, or common.Recorder.
-    policy_of: states (n, 4, 84, 84, 3) uint8 -> policies (n, A).
+    policy: states (n, 4, 84, 84, 3) uint8 -> policies (n, A).
     """
     start, rng = time.monotonic(), np.random.default_rng(seed)
     n = players.num_players
@@ -752,7 +759,7 @@ def evaluate(players, policy_of: Callable, episodes: int, seed: int, seconds: fl
         states[:, :-1] = states[:, 1:]
         states[fresh] = 0
         states[:, -1] = frames
-        frames, rewards, is_over = players.step(greedy_actions(policy_of(states), rng))
+        frames, rewards, is_over = players.step(greedy_actions(policy(states), rng))
         score += rewards
         length += 1
         elapsed = time.monotonic() - start
@@ -765,7 +772,7 @@ def evaluate(players, policy_of: Callable, episodes: int, seed: int, seconds: fl
         yield done
 
 
-def score(
+def score_network(
     env_id: str,
     network: Network,
     episodes: int,
@@ -787,7 +794,7 @@ def score(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(cores)
         seconds -= time.monotonic() - start
-        for done in evaluate(players, policy_of(network), episodes, seed, seconds):
+        for done in play_episodes(players, policy_of(network), episodes, seed, seconds):
             bar.update(len(done) - bar.n)
             if bar.disable and time.monotonic() - logged > EVALUATION_LOG_SECONDS:
                 logged = time.monotonic()

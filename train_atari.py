@@ -81,8 +81,8 @@ CPU_BATCH = 24  # most states in a prediction; half of the players, where that i
 CPU_PLAYERS = 48  # in all: in two processes per core, so that one plays while the other waits
 SIMULATOR_BYTES, PLAYER_BYTES = 35e6, 1.5e6  # measured with Breakout, without what they share
 
-# On any device there are so many players that `estimate_lag` says this at most, if nobody chooses
-# their number: measured, the mean is lower.
+# Where the user does not set the number of players, `estimate_lag` stays at or below this. The
+# measured mean is lower.
 MAX_LAG = 2.8
 
 # Ranks
@@ -97,8 +97,8 @@ RANK_END_SECONDS = 5.0  # how long rank 0 has to save if all ranks are told to e
 LAUNCH_END_SECONDS = 8.0  # how long ranks have to save and to end
 
 RUN_FILES = ("checkpoint.pt", "stats.json", "model-latest.npz", "model-mean.npz", "model-best.npz")
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that know none
-GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, for what a program cannot help
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # on a file system without locks
+GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")  # torch's, with a message for the user
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy", "pyzmq", "msgpack")
 
 
@@ -224,7 +224,7 @@ LEARNING_OF_A3C = {
     "adam_epsilon": 1e-5,
     "center_filters": 1,
 }
-# Options whose default for a3c was that of ba3c when checkpoints did not hold all of learning.
+# Options that checkpoints of an earlier version may lack; a3c then had the defaults of ba3c.
 NEW_IN_RECIPE = ("local_time_max", "lambda", "life_loss", "entropy_beta", "anneal")
 NOT_IN_CHECKPOINT = ("task", "env", "load", "output", "config", "track")
 
@@ -276,7 +276,7 @@ def listed(names: tuple) -> str:
 
 
 def tasks_of(name: str) -> tuple[str, ...]:
-    """The tasks that an option, by the name of its value, is for."""
+    """The tasks that take this option."""
     if name in ("env", "task", "gpu", "load", "output", "seed"):
         return ANY
     return PLAYING if name == "episode" else ("train",)
@@ -321,7 +321,8 @@ def refuse_value(message: str) -> None:
 def defaults(chosen: dict, on_cpu: bool, ranks: int, one_per_process: bool) -> dict:
     """Values of all options that fit the chosen ones, this machine, and its number of ranks.
 
-    Simulators are those of all ranks. one_per_process: a process can hold only one of this game.
+    simulator_proc counts the simulators of all ranks. one_per_process: a process can hold only one
+    of this game.
     """
     cores = max(1, count_cores() // ranks)
     values = {option.name: option.default for option in LEARNING + SPEED}
@@ -353,9 +354,10 @@ def defaults(chosen: dict, on_cpu: bool, ranks: int, one_per_process: bool) -> d
 
 
 def estimate_lag(players: int, options: dict) -> float:
-    """The policy lag, in updates, that so many players of a rank have at most with a full queue.
+    """An upper estimate of the mean policy lag, in updates, of so many players of a rank.
 
-    A state waits until its segment is done, then in the queue, while others are trained on.
+    With a full queue a state waits for the rest of its segment of m states, (m - 1) / 2 steps in
+    the mean, for two steps more until the segment is handed out, and then in the queue.
     """
     waiting = players * (options["local_time_max"] + 3) / 2 + options["queue_size"]
     return waiting / options["batch_size"]
@@ -399,10 +401,7 @@ def complete(
 
 
 def with_earlier_defaults(options: dict) -> dict:
-    """Options in a file, with what one of an earlier version does not hold of them.
-
-    There a3c had the original's defaults.
-    """
+    """Complete the options in a file of an earlier version, in which a3c had ba3c's defaults."""
     if not options or "lambda" in options:
         return options
     of_then = (option for option in LEARNING if option.name in NEW_IN_RECIPE)
@@ -475,7 +474,7 @@ def resumed_devices(count: int, gpu: str | None) -> list:
 
 
 def choose_devices(gpus: str | None, ranks: int | None, before: dict) -> tuple[list, list[str]]:
-    """The devices of the ranks on this machine, and what a resumed run has differs from before.
+    """The devices of the ranks on this machine; for a resumed run, what differs from before.
 
     gpus, ranks: the options as given now; before: the options in the checkpoint of a resumed run.
     """
@@ -819,16 +818,9 @@ def launch(ranks: int, arguments: list[str]) -> None:
 
     processes: list[subprocess.Popen] = []
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a rank can end in good order
-    received: list[tuple[float, int]] = []  # when, and which
-
-    def forward(signum: int, frame) -> None:
-        received.append((time.monotonic(), signum))
-        processes[0].send_signal(signum)
-
-    def ends_at_once() -> bool:
-        return bool(received) and received[-1][0] - received[0][0] > SAME_SIGNAL_SECONDS
-
-    on_signals(forward)
+    received: list[tuple[float, int]] = []  # signals: when, and which
+    on_signals(lambda signum, frame: received.append((time.monotonic(), signum)))
+    forwarded, ends_at_once = 0, False
     with contextlib.closing(common.PrivateDirectory()) as directory:
         failed = 0
         try:
@@ -836,7 +828,12 @@ def launch(ranks: int, arguments: list[str]) -> None:
                 processes.append(start_rank(rank, ranks, directory.path, arguments))
             store = distributed.FileStore(f"{directory.path}/ranks", ranks)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            while processes[0].poll() is None and not failed and not ends_at_once():
+            while processes[0].poll() is None and not failed and not ends_at_once:
+                for _, signum in received[forwarded:]:
+                    processes[0].send_signal(signum)
+                    forwarded += 1
+                if received:
+                    ends_at_once = received[-1][0] - received[0][0] > SAME_SIGNAL_SECONDS
                 time.sleep(0.1)
                 failed = next((r for r, process in enumerate(processes) if process.poll()), 0)
             failed = failed if processes[0].poll() is None else 0
@@ -848,8 +845,9 @@ def launch(ranks: int, arguments: list[str]) -> None:
         finally:
             common.end_processes(processes, LAUNCH_END_SECONDS)
     code = processes[0].returncode
-    if code == -signal.SIGKILL and ends_at_once():
-        raise UserError("rank 0 was held up by another rank, and was killed", 128 + received[0][1])
+    if code == -signal.SIGKILL and ends_at_once:
+        text = f"rank 0 did not end within {LAUNCH_END_SECONDS:g} seconds and was killed"
+        raise UserError(text, 128 + received[0][1])
     silent = code in (128 + signal.SIGTERM, -signal.SIGKILL)  # it was ended before it could speak
     last = failed if failed and silent else 0
     code = processes[last].returncode
@@ -933,9 +931,9 @@ class RunLocation(NamedTuple):
     """Where a run is."""
 
     path: str
-    is_resumed: bool  # there, as the run of a checkpoint
-    sentence: str  # which says so
-    way: str = ""  # what to do if another run is there
+    is_resumed: bool  # the run in `path` continues; False: a new one starts there
+    sentence: str  # the same, for the log
+    way: str = ""  # what the error advises if `path` already holds a run
 
 
 def locate_run(env_id: str, output: str | None, saved: dict) -> RunLocation:
@@ -1142,8 +1140,8 @@ class Run:
         )
         if saved:
             self.restore(saved)
-        of_all = self.learner.share({"at": dataclasses.asdict(self.at), "stats": self.stats})
-        self.at, self.stats = Progress(**of_all["at"]), of_all["stats"]
+        shared = self.learner.share({"at": dataclasses.asdict(self.at), "stats": self.stats})
+        self.at, self.stats = Progress(**shared["at"]), shared["stats"]
         self.started_at -= self.at.elapsed_s
         self.at.starts += 1
         self.config = self.make_config()
@@ -1198,7 +1196,7 @@ class Run:
             "device": f"{device}, {count_cores()} cores, predictors: {o.predictor_thread_per_gpu}",
             "players": f"{o.simulator_proc} processes x {o.players_per_simulator} = {players}",
             "epoch": f"{o.steps_per_epoch:,} iterations x {o.batch_size} = {states:,} states",
-            "policy lag": f"at most about {lag:.1f} updates, when the trainer is the bottleneck",
+            "policy lag": f"about {lag:.1f} updates or less in the mean, with a full queue",
         }
         if self.ranks.count > 1:
             ranks = self.ranks.count
@@ -1236,9 +1234,10 @@ class Run:
                 print(f"rank {self.ranks.rank}: {event}; training continues", file=sys.stderr)
 
     def means(self, first: int, since: float) -> dict[str, float | None]:
-        """All metrics of the iterations from the `first` one of this epoch on, since a moment.
+        """Each metric over the iterations from the `first` one of this epoch on.
 
-        Means, which are None where there was no iteration.
+        A mean, of policy_lag_max the maximum; None if there were no iterations. since:
+        time.monotonic() when they began, for the speed.
         """
         self.metrics.collect(self.at.global_step)
         columns, rows = self.metrics.columns, np.array(self.metrics.rows[first:])
@@ -1509,7 +1508,7 @@ def evaluate_network(run: Run, network, title: str, seconds: float) -> dict[str,
     ones are missing, which are the good ones of many games.
     """
     from model import weights_file
-    from predictor import score
+    from predictor import score_network
 
     def log(text: str) -> None:
         run.log(f"{title}: {text}")
@@ -1518,7 +1517,9 @@ def evaluate_network(run: Run, network, title: str, seconds: float) -> dict[str,
     log(f"{num_episodes} episodes in {seconds:.0f} s at most")
     seed = (run.options.seed + at.epoch) % 2**32
     try:
-        episodes = score(run.options.env, network, num_episodes, seed, log, seconds, run.supervise)
+        episodes = score_network(
+            run.options.env, network, num_episodes, seed, log, seconds, run.supervise
+        )
     except (UserError, OSError) as error:  # no room for its players on a full disk, for example
         run.supervise()  # raises once more what ends the run, not only this evaluation
         log(f"given up: {error}{without_best(run)}")
@@ -1575,6 +1576,12 @@ def game_of_file(path: str) -> str | None:
     return max(games, key=len, default=None)
 
 
+@common.signals_deferred()
+def import_torch() -> None:
+    """Import torch: an exception of a signal in its C++ code would abort this program."""
+    import torch  # noqa: F401
+
+
 def modified_at(path: str) -> int | None:
     """When a file was written, in ns; None if there is none."""
     with contextlib.suppress(OSError, ValueError):
@@ -1585,6 +1592,7 @@ def modified_at(path: str) -> int | None:
 def load_for(env_id: str | None, path: str) -> tuple:
     """Game, network, and checkpoint ({} for an .npz) out of a file, which must fit the game."""
     game = describe(env_id) if env_id else None
+    import_torch()
     import model
 
     modified = modified_at(path)
@@ -1631,6 +1639,7 @@ def task_train(given: dict) -> None:
         if kind != network.kind:
             raise UserError(f"{load} holds the network {network.kind}, not {kind}")
     game = describe(env_id)
+    import_torch()
     import torch
 
     place = locate_run(game.env_id, output, saved)
@@ -1650,9 +1659,9 @@ def task_train(given: dict) -> None:
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         same = shared_options(game, options)
         ranks = stack.enter_context(join_ranks(devices, same, chosen["seed"]))
-        of_all = {"seed": ranks.seed, "ranks": ranks.count, "gpu": gpu_numbers(ranks.devices)}
-        vars(options).update(of_all, env=game.env_id)
-        chosen = {name: value for name, value in (chosen | of_all).items() if value is not None}
+        agreed = {"seed": ranks.seed, "ranks": ranks.count, "gpu": gpu_numbers(ranks.devices)}
+        vars(options).update(agreed, env=game.env_id)
+        chosen = {name: value for name, value in (chosen | agreed).items() if value is not None}
         network = new_network(game, options) if network is None else network
         directory = RunDirectory(place, log_file)
         directory.log(place.sentence)
@@ -1662,7 +1671,7 @@ def task_train(given: dict) -> None:
 
 
 def plan_run(game: common.Game, given: dict, saved: dict) -> tuple:
-    """Devices, chosen options, all options, and what a resumed run has differs from before.
+    """Devices, chosen options, all options; for a resumed run, what differs from before.
 
     What is wrong with them is said here, before ranks wait for each other.
     """
@@ -1729,11 +1738,11 @@ def task_eval(given: dict) -> None:
     """--task eval."""
     start = time.monotonic()
     env_id, network, num_episodes, seed = load_agent(given)
-    from predictor import score
+    from predictor import score_network
 
     output = given.get("output")
     with contextlib.nullcontext() if output is None else common.output_directory(output):
-        episodes = score(env_id, network, num_episodes, seed, log=print)
+        episodes = score_network(env_id, network, num_episodes, seed, log=print)
         seconds = round(time.monotonic() - start, 1)
         print(common.table(summary(episodes) | {"seed": seed, "seconds": seconds}))
         if output is not None:
@@ -1749,7 +1758,7 @@ def watch(players, network, num_episodes: int, seed: int, each: Callable) -> Non
     policy = predictor.policy_of(network)
     with contextlib.closing(players):
         try:
-            for done in predictor.evaluate(players, policy, num_episodes, seed, math.inf):
+            for done in predictor.play_episodes(players, policy, num_episodes, seed, math.inf):
                 if len(done) > len(episodes):
                     with common.signals_deferred():
                         episodes = list(done)

@@ -212,10 +212,10 @@ def run_programs(
     finally:
         for process in working.values():  # an error has ended the loop: they save
             os.killpg(process.pid, signal.SIGTERM)
-        for process in working.values():
-            process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+        for process in working.values():
+            process.wait()
     if signals:
         raise ZooError("stopped; the same command goes on from here", 128 + signals[0])
     return codes
@@ -615,7 +615,7 @@ def main() -> int:
         say(f"zoo.py: {error}", sys.stderr)
         return getattr(error, "code", 1)
     except KeyboardInterrupt:
-        print("zoo.py: interrupted", file=sys.stderr)
+        say("zoo.py: interrupted", sys.stderr)
         return 130
     return 0
 

@@ -205,7 +205,7 @@ def test_what_hangs_in_native_code_does_not_keep_a_run_alive(tmp_path, module, p
         "predictor.Rollouts.finish_steps",
         "predictor.Master.parse",
         "model.Learner.update",
-        "predictor.evaluate",
+        "predictor.play_episodes",
     ],
 )
 def test_an_exception_ends_everything(tmp_path, place):
@@ -551,3 +551,16 @@ def test_limits_are_raised_or_named(tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "open files" in line and "400" in line
+
+
+def test_an_interrupt_waits_until_torch_is_imported():
+    """In its C++ code an exception would abort the program."""
+    code = "import signal, sys, train_atari\n"
+    code += "class Interrupts:\n"
+    code += "    def find_spec(name, *_):\n"
+    code += "        if name == 'torch.nn': signal.raise_signal(signal.SIGINT)\n"
+    code += "sys.meta_path.insert(0, Interrupts)\n"
+    code += "try: train_atari.import_torch()\n"
+    code += "except KeyboardInterrupt: print(hasattr(sys.modules.get('torch'), 'nn'))\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr

@@ -127,7 +127,7 @@ def evaluated(training, monkeypatch, scores, finished=True):
     training.learner.network.load_state_dict(model.Network("a3c", 3).state_dict())
     training.started_at -= 1000.0  # there is time for it
     episodes = [Episode(float(score), 30, finished) for score in scores]
-    monkeypatch.setattr("predictor.score", lambda *_, **__: episodes)
+    monkeypatch.setattr("predictor.score_network", lambda *_, **__: episodes)
     return train_atari.evaluate(training), model.weights_file(training.learner.network)
 
 
@@ -187,7 +187,7 @@ def test_evaluations_have_a_fifth_of_the_time_of_a_run(training, monkeypatch):
         training.started_at -= 10.0  # as long as it takes
         return [Episode(1.0, 30, True)] * 4
 
-    monkeypatch.setattr("predictor.score", score)
+    monkeypatch.setattr("predictor.score_network", score)
     training.started_at = time.monotonic() - 100.0
     train_atari.evaluate(training)
     assert seconds[0] == pytest.approx(25.0, abs=0.5)  # of 125
@@ -211,7 +211,7 @@ def test_after_one_that_was_cut_short_an_evaluation_waits_for_twice_the_time(
 
     clock = SimpleNamespace(monotonic=lambda: now[0], strftime=time.strftime)
     monkeypatch.setattr("train_atari.time", clock)
-    monkeypatch.setattr("predictor.score", score)
+    monkeypatch.setattr("predictor.score_network", score)
     results = []
     for _ in range(7):
         now[0] += 80.0  # of training
@@ -226,7 +226,7 @@ def test_after_one_that_was_cut_short_an_evaluation_waits_for_twice_the_time(
 
 def test_a_score_is_limited_in_time(monkeypatch):
     """Two hundred episodes do not fit into a moment, and those that do are not whole."""
-    done = predictor.score(GAME, model.Network("a3c", 3), 200, 1, print, seconds=0.5)
+    done = predictor.score_network(GAME, model.Network("a3c", 3), 200, 1, print, seconds=0.5)
     assert 0 < len(done) < 200
 
 
@@ -235,9 +235,17 @@ def test_what_ends_the_run_is_not_taken_for_the_end_of_an_evaluation(training, m
         raise common.UserError("simulator 0 ended with code 1: the game broke")
 
     training.feed.replace_ended = fail
-    monkeypatch.setattr("predictor.score", lambda *args: args[-1]())
+    monkeypatch.setattr("predictor.score_network", lambda *args: args[-1]())
     with pytest.raises(common.UserError, match="the game broke"):
         train_atari.evaluate(training)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x93NUMPY"])
+def test_weights_that_are_no_npz_are_named(tmp_path, capsys, content):
+    path = tmp_path / "Catch-v0.npz"
+    path.write_bytes(content)
+    assert main(["--task", "eval", *CATCH, "--load", str(path)]) == 1
+    assert sentence_of(capsys).endswith(f"{path} is not usable: it is no .npz, or not a whole one")
 
 
 def test_other_episodes_are_evaluated_at_once(training, tmp_path):
@@ -292,7 +300,8 @@ def test_the_seed_of_an_evaluation_is_one_that_simulators_take(training, monkeyp
     seeds = []
     training.options.seed, training.at.epoch = 2**32 - 1, 3
     monkeypatch.setattr(
-        "predictor.score", lambda *args: seeds.append(args[3]) or [Episode(1.0, 30, True)] * 4
+        "predictor.score_network",
+        lambda *args: seeds.append(args[3]) or [Episode(1.0, 30, True)] * 4,
     )
     train_atari.evaluate(training)
     assert seeds == [2]
@@ -363,7 +372,7 @@ def test_whole_numbers_are_printed_whole(value, text):
 
 def test_what_tasks_print_has_whole_numbers(training, weights, tmp_path, monkeypatch, capsys):
     huge = [Episode(2469120.0, 16184832, True), Episode(2469122.0, 16184832, True)]
-    monkeypatch.setattr("predictor.score", lambda *_, **__: huge)
+    monkeypatch.setattr("predictor.score_network", lambda *_, **__: huge)
     assert main(["--task", "eval", *CATCH, "--load", weights, "--seed", 633519123]) == 0
     printed = capsys.readouterr().out
     for text in ("mean 2469121", "max 2469122", "seed 633519123", "mean_length 16184832"):
@@ -694,7 +703,7 @@ def fail(*_, **__):
         ("play", "common.Video.write", interrupt, 130),
         ("play", "common.Video.finish", fail, 1),
         ("eval", "predictor.VectorPlayers", fail, 1),
-        ("eval", "predictor.evaluate", interrupt, 130),
+        ("eval", "predictor.play_episodes", interrupt, 130),
         ("eval", "common.write_file", fail, 1),
     ],
 )
@@ -741,7 +750,7 @@ def test_outputs_of_any_name(weights, name, monkeypatch):
         arguments = [f"--load={file}", f"--output={output}", "--episode", 1]
         assert main(["--task", task, *CATCH, *arguments]) == 0
         assert os.path.getsize(os.path.join(output, there)) > 1000
-    monkeypatch.setattr("predictor.score", lambda *_, **__: [Episode(1.0, 2, True)])
+    monkeypatch.setattr("predictor.score_network", lambda *_, **__: [Episode(1.0, 2, True)])
     assert main(["--task", "eval", *CATCH, f"--load={file}", f"--output={name}-eval"]) == 0
     assert os.listdir(f"{name}-eval") == ["results.json"]
 
@@ -816,7 +825,7 @@ def test_players_where_a_file_system_knows_no_locks(temporary, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    done = predictor.score(GAME, model.Network("a3c", 3), 1, 1, print)
+    done = predictor.score_network(GAME, model.Network("a3c", 3), 1, 1, print)
     assert [episode.length for episode in done] == [30]
     assert list(temporary.iterdir()) == []
 
@@ -858,7 +867,7 @@ def test_a_file_that_is_named_after_a_game_needs_no_env():
 
 
 def test_a_file_is_what_it_holds_whatever_its_name_is(weights, run, monkeypatch, capsys):
-    monkeypatch.setattr("predictor.score", lambda *_, **__: [Episode(1.0, 2, True)])
+    monkeypatch.setattr("predictor.score_network", lambda *_, **__: [Episode(1.0, 2, True)])
     shutil.copy(weights, "weights")
     assert main(["--task", "eval", "--load", "weights"]) == 2
     assert "weights is not named after a game: give --env" in sentence_of(capsys)
@@ -872,7 +881,7 @@ def test_a_file_is_what_it_holds_whatever_its_name_is(weights, run, monkeypatch,
 
 def test_without_a_file_the_agent_of_the_game_plays(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train_atari.MODELS", str(tmp_path))
-    monkeypatch.setattr("predictor.score", lambda *_, **__: [Episode(1.0, 2, True)])
+    monkeypatch.setattr("predictor.score_network", lambda *_, **__: [Episode(1.0, 2, True)])
     shutil.copy(weights, "tests.games-Catch-v0.npz")
     assert main(["--task", "eval", *CATCH]) == 0
     assert "the agent is tests.games-Catch-v0.npz" in capsys.readouterr().out
@@ -976,7 +985,7 @@ def test_the_mean_of_the_weights_is_scored_in_the_end(training, tmp_path, monkey
         networks.append(network)
         return [Episode(2.0 if network is learner.mean_network else 1.0, 30, True)] * 4
 
-    monkeypatch.setattr("predictor.score", score)
+    monkeypatch.setattr("predictor.score_network", score)
     result = train_atari.evaluate(training)
     assert networks == [learner.network] and result["mean_model_score"] is None
     with torch.no_grad():

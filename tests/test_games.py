@@ -18,7 +18,7 @@ import torch
 import simulator
 from common import Player, UserError, describe, frame_rate, make_env, start_actions
 from model import Network, weights_file
-from predictor import VectorPlayers, score
+from predictor import VectorPlayers, score_network
 from tests.helpers import (
     ROOT,
     check_transitions,
@@ -73,7 +73,7 @@ def test_each_simulator_makes_its_own_games(game):
         assert feed.pool.replace_ended() == []
     finally:
         feed.close()
-    episodes = score(f"tests.games:{game}-v0", Network("a3c", 3), 4, seed=0, log=print)
+    episodes = score_network(f"tests.games:{game}-v0", Network("a3c", 3), 4, seed=0, log=print)
     assert [(e.score, e.length, e.finished) for e in episodes] == [(20, 20, True)] * 4
 
 
@@ -303,7 +303,9 @@ def test_a_game_that_fails_is_named(tmp_path, weights, task, game, text):
 
 
 def test_a_reward_may_be_an_array_of_one():
-    (episode,) = score("tests.games:ArrayReward-v0", Network("a3c", 3), 1, seed=0, log=print)
+    (episode,) = score_network(
+        "tests.games:ArrayReward-v0", Network("a3c", 3), 1, seed=0, log=print
+    )
     assert episode.score == 20
 
 
@@ -404,5 +406,5 @@ def test_a_simulator_that_is_killed_again_and_again_ends_the_run(monkeypatch):
 
 def test_a_large_score_is_a_score():
     torch.manual_seed(0)
-    (episode,) = score("tests.games:Rich-v0", Network("a3c", 3), 1, seed=0, log=print)
+    (episode,) = score_network("tests.games:Rich-v0", Network("a3c", 3), 1, seed=0, log=print)
     assert episode.score == 20 * 123456

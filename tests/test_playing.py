@@ -13,7 +13,7 @@ import torch
 
 from common import Episode, Recorder, model_card, write_submission
 from model import Network, load, weights_file
-from predictor import VectorPlayers, evaluate, policy_of
+from predictor import VectorPlayers, play_episodes, policy_of
 from tests.helpers import ROOT, command, run
 from train_atari import game_of_file
 
@@ -216,7 +216,7 @@ def test_a_shipped_agent_plays_well(agent):
         torch.set_num_threads(1)
         step = players.step
         players.step = lambda actions: earned.append(step(actions)) or earned[-1]
-        evaluation = evaluate(players, policy_of(network), 1000, seed=1, seconds=1000)
+        evaluation = play_episodes(players, policy_of(network), 1000, seed=1, seconds=1000)
         list(itertools.islice(evaluation, STEPS[network.kind]))
     assert sum(rewards.mean() for _, rewards, _ in earned) > FLOORS[agent]
 
@@ -229,7 +229,7 @@ def test_every_game(game, tmp_path):
     recorder.player.max_steps = 6
     network = Network("a3c", recorder.player.num_actions)
     episodes: list[Episode] = []
-    for done in evaluate(recorder, policy_of(network), 2, seed=1, seconds=60):
+    for done in play_episodes(recorder, policy_of(network), 2, seed=1, seconds=60):
         episodes = done
     recorder.close()
     assert [episode.length for episode in episodes] == [6, 6]

@@ -22,7 +22,7 @@ from predictor import (
     Rollouts,
     Segment,
     VectorPlayers,
-    evaluate,
+    play_episodes,
     sample_actions,
 )
 from simulator import FRAME_BYTES
@@ -440,7 +440,7 @@ def uniform(states):
 def test_every_episode_that_starts_counts():
     """One player plays long episodes, the other short ones: the long one must not be dropped."""
     players = Scripted(2, lambda player, episode: 40 if player == 0 else 4)
-    *_, done = evaluate(players, uniform, episodes=5, seed=0, seconds=1e9)
+    *_, done = play_episodes(players, uniform, episodes=5, seed=0, seconds=1e9)
     assert sorted(done) == [Episode(4, 4, True)] * 4 + [Episode(40, 40, True)]
     assert summary(done)["mean"] == pytest.approx((4 * 4 + 40) / 5)
     assert summary(done)["episodes"] == 5
@@ -456,12 +456,12 @@ def test_the_states_of_an_evaluation_stack_frames_of_one_episode_only():
         count += 1
         return frames[count - 1], *step(actions)[1:]
 
-    def policy_of(states):
+    def policy(states):
         seen.append(states.copy())
         return uniform(states)
 
     players.step = show
-    list(evaluate(players, policy_of, episodes=3, seed=0, seconds=1e9))
+    list(play_episodes(players, policy, episodes=3, seed=0, seconds=1e9))
     assert len(seen) >= 6
     for i, states in enumerate(seen):
         for player, start in ((0, 0), (1, i - i % 3)):
@@ -472,13 +472,13 @@ def test_the_states_of_an_evaluation_stack_frames_of_one_episode_only():
 
 def test_more_players_than_episodes():
     players = Scripted(4, lambda player, episode: 3 + player)
-    *_, done = evaluate(players, uniform, episodes=2, seed=0, seconds=1e9)
+    *_, done = play_episodes(players, uniform, episodes=2, seed=0, seconds=1e9)
     assert done == [Episode(3, 3, True), Episode(4, 4, True)]
 
 
 def test_when_the_time_is_over_episodes_are_cut_short():
     players = Scripted(3, lambda player, episode: 10**9)
-    *_, done = evaluate(players, uniform, episodes=30, seed=0, seconds=0.2)
+    *_, done = play_episodes(players, uniform, episodes=30, seed=0, seconds=0.2)
     assert len(done) == 3 and not any(episode.finished for episode in done)
     assert all(episode.score == episode.length > 0 for episode in done)
 

@@ -193,28 +193,43 @@ def test_the_end_of_one_is_the_end_of_all(tmp_path, engine, victim):
         process.communicate()
 
 
-def test_a_second_signal_ends_ranks_of_which_one_is_held_up(tmp_path):
+def rank_1_of(pids):
+    """Which of these processes is rank 1."""
+    (found,) = (p for p in pids if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+    return found
+
+
+@pytest.mark.parametrize("end", ["a second signal", "the launcher is killed"])
+def test_ranks_end_although_one_is_held_up(tmp_path, end):
+    """Rank 0 waits for gradients of rank 1, and cannot hear signals."""
     path = tmp_path / "run"
     program = talking(*CATCH, *FINE, "--ranks", 2, "--output", path)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(program, cwd=ROOT, **streams)
+    held_up = None
     try:
         while not re.search(r"epoch 1 \d+/6000", process.stdout.readline()):
             assert process.poll() is None
         ranks = [pid for pid in processes(path) if pid != process.pid]
-        (held_up,) = (p for p in ranks if b"\0RANK=1\0" in Path(f"/proc/{p}/environ").read_bytes())
+        held_up = rank_1_of(ranks)
         os.kill(held_up, signal.SIGSTOP)
-        time.sleep(1)  # rank 0 waits for its gradients
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(1)
-        _, errors = process.communicate(timeout=30)
-        assert process.returncode == 130 and gone(ranks)
-        assert errors.splitlines()[-1].endswith(
-            "rank 0 was held up by another rank, and was killed"
-        )
+        time.sleep(1)
+        if end == "a second signal":
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                time.sleep(1)
+            last = process.communicate(timeout=30)[1].splitlines()[-1]
+            assert process.returncode == 130 and gone(ranks)
+            assert last.endswith("rank 0 did not end within 8 seconds and was killed")
+        else:
+            process.kill()
+            ranks.remove(held_up)
+            assert gone(ranks, 30)
     finally:
         process.kill()
+        if held_up is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(held_up, signal.SIGKILL)
         process.communicate()
 
 
@@ -234,10 +249,7 @@ def test_torchrun_may_start_the_ranks_again(runs, tmp_path):
                 assert line
             ranks = [pid for pid in processes(path) if pid != process.pid]
             if attempt == 0:
-                by_rank = {
-                    Path(f"/proc/{p}/environ").read_bytes().count(b"\0RANK=1\0"): p for p in ranks
-                }
-                os.kill(by_rank[1], signal.SIGKILL)
+                os.kill(rank_1_of(ranks), signal.SIGKILL)
                 assert gone(ranks, 30)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -259,6 +271,24 @@ def test_an_interrupt_while_ranks_start(tmp_path, seconds):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and gone(ranks)
     assert "Traceback" not in errors and "frame #" not in errors
+
+
+def test_an_interrupt_before_there_is_a_rank(tmp_path):
+    """The main thread has blocked it then, but another thread may take it."""
+    fault = "import os, signal, threading, time\n"
+    fault += "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    fault += "start = train_atari.start_rank\n"
+    fault += "def interrupted(*args):\n"
+    fault += "    os.kill(os.getpid(), signal.SIGINT)\n"
+    fault += "    time.sleep(0.2)\n"
+    fault += "    return start(*args)\n"
+    fault += "train_atari.start_rank = interrupted"
+    args = (*CATCH, *FINE, "--ranks", "2", "--output", str(tmp_path / "run"))
+    done = subprocess.run(
+        [*program(tmp_path, fault), *args], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert not processes(tmp_path / "run")
 
 
 def listening(pids):
@@ -419,15 +449,17 @@ def test_a_rank_that_never_comes_is_waited_for_with_a_line_and_a_sentence(tmp_pa
 
 def test_ranks_share_a_seed_and_wait_for_an_evaluation(tmp_path):
     """Rank 0 draws the seed. Its evaluations may take longer than a collective."""
-    fault = "import predictor, time\ninit, score = predictor.Feed.__init__, predictor.score\n"
+    fault = (
+        "import predictor, time\ninit, score = predictor.Feed.__init__, predictor.score_network\n"
+    )
     fault += "def spy(self, env_id, options, learner, seeds):\n"
     fault += "    print(options.seed, seeds.entropy, file=sys.stderr)\n"
     fault += "    init(self, env_id, options, learner, seeds)\n"
     fault += "def slow(*args, **kwargs):\n"
-    fault += "    predictor.score = score\n"
+    fault += "    predictor.score_network = score\n"
     fault += "    time.sleep(7)\n"
     fault += "    return score(*args, **kwargs)\n"
-    fault += "predictor.Feed.__init__, predictor.score = spy, slow\n"
+    fault += "predictor.Feed.__init__, predictor.score_network = spy, slow\n"
     fault += "train_atari.COLLECTIVE_SECONDS, train_atari.EVAL_EPOCH = 4.0, 1"
     args = (*CATCH, *TINY, "--max-epoch", 2, "--ranks", 2, "--output", tmp_path / "run")
     done = subprocess.run(

@@ -1,6 +1,7 @@
 """models/zoo.py: a tiny zoo of two games, and what it makes of the shipped data."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -162,9 +163,8 @@ def test_what_was_interrupted_is_resumed(tmp_path, reader):
     process.send_signal(signal.SIGINT)
     assert reader == "ends" or "stopped" in process.stdout.read()
     assert process.wait(120) == 130
-    assert (
-        not list(runs.glob("*/.*")) and "stopped by SIGTERM" in (runs / "Catch-v0.log").read_text()
-    )
+    assert "stopped by SIGTERM" in (runs / "Catch-v0.log").read_text()
+    assert not list(runs.glob("*/.*"))  # a file that a kill has left unfinished
     until = time.monotonic() + 10  # simulators end after their master
     while children_of(tmp_path) and time.monotonic() < until:
         time.sleep(0.1)
@@ -179,6 +179,22 @@ def test_what_was_interrupted_is_resumed(tmp_path, reader):
     assert "checkpoint.pt" in said
     stats = json.loads((runs / "Catch-v0" / "stats.json").read_text())
     assert [epoch["epoch_num"] for epoch in stats] == list(range(1, epochs + 1))
+
+
+def test_runs_save_when_an_error_ends_the_zoo(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(MODELS))
+    run_programs = importlib.import_module("zoo").run_programs
+    run = tmp_path / "run"
+    command = ["--env", "tests.games:Catch-v0", "--network", "a3c", "--batch-size", "16"]
+    command += ["--simulator-proc", "1", "--players-per-simulator", "4", "--output", str(run)]
+
+    def progress(name):
+        if " epoch 1 " in (tmp_path / "Catch-v0.log").read_text():
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="disk is full"):
+        run_programs({"Catch-v0": command}, tmp_path, 1, progress)
+    assert (run / "checkpoint.pt").exists()
 
 
 def test_a_run_that_fails_is_named(tmp_path):
